@@ -1,0 +1,239 @@
+//! A dump, by the points at which it is held.
+//!
+//! ```text
+//! Dump::freeze ──▶ Frozen ──capture──▶ Captured ──release──▶ tasks dead
+//!                    │                    └──────abandon──▶ tasks go on (or stay in their frozen cgroup)
+//!                    └──drop──▶ tasks go on
+//! ```
+//! The page server that CRIU would serve lazy pages with never carries a page: its socket is one
+//! end of a pair of ours, and only how the end of the dump is told. CRIU takes the end of file on
+//! it as success, and an unknown command as failure (seen with 4.1.1 and 4.2.1).
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use haulier_sys::wait::Wait;
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType};
+use thiserror::Error;
+
+use crate::failure::CriuFailure;
+use crate::find::Criu;
+use crate::messages::{CGROUPS_IGNORE, Kind, NETWORK_LOCK_SKIP, Options, Request, Response};
+use crate::swrk::{FIRST_INHERITED_FD, RpcError, Swrk};
+
+/// Name of the log in the image directory.
+pub const LOG: &str = "dump.log";
+/// Level of detail of the log: errors, warnings and information. Everything (4) costs time while
+/// the target is frozen.
+const LOG_LEVEL: i32 = 3;
+/// Unlinked files up to this size travel in the images.
+const GHOST_LIMIT: u32 = 1 << 30;
+
+/// What is dumped, and where to.
+#[derive(Debug, Clone)]
+pub struct DumpOptions {
+    /// Root task of the tree.
+    pub pid: i32,
+    /// Directory for the images and the log: on a tmpfs, private, empty.
+    pub directory: PathBuf,
+    /// Whether the tree's session or terminal lies outside of it.
+    pub shell_job: bool,
+    /// Seconds that its tasks may take to freeze.
+    pub freeze_seconds: u32,
+}
+
+/// The dump did not even begin, or failed.
+#[derive(Debug, Error)]
+pub enum DumpError {
+    /// The image directory or the socket could not be set up.
+    #[error("cannot prepare the dump: {doing}")]
+    Setup {
+        /// What was being done.
+        doing: &'static str,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// CRIU could not be started.
+    #[error("CRIU does not run")]
+    Start(#[source] RpcError),
+    /// CRIU failed.
+    #[error("the dump failed")]
+    Failed(#[from] CriuFailure),
+}
+
+/// The tasks are stopped by CRIU, their memory and descriptors not yet read.
+#[derive(Debug)]
+pub struct Frozen(Running);
+
+/// The images are written. The tasks are stopped by CRIU and hold nothing of it any more; their
+/// TCP sockets are in repair mode.
+#[derive(Debug)]
+pub struct Captured(Running);
+
+#[derive(Debug)]
+struct Running {
+    swrk: Swrk,
+    page_socket: OwnedFd,
+    log: PathBuf,
+}
+
+/// Starts a dump and stops the tasks of the tree.
+///
+/// # Errors
+/// See [`DumpError`]; the tasks run on.
+pub fn freeze(criu: &Criu, options: &DumpOptions, wait: &Wait) -> Result<Frozen, DumpError> {
+    let setup = |doing| move |source: io::Error| DumpError::Setup { doing, source };
+    let (ours, theirs) = rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(|errno| setup("socket pair")(errno.into()))?;
+    // The page-server descriptor of the RPC is ignored for a lazy dump; the configuration file's
+    // is not.
+    let config = options.directory.join("haulier.conf");
+    fs::write(&config, format!("ps-socket {FIRST_INHERITED_FD}\n"))
+        .map_err(setup("configuration file"))?;
+    let log = options.directory.join(LOG);
+    let mut swrk = Swrk::start(criu.path(), vec![theirs]).map_err(DumpError::Start)?;
+    let failed = |error| CriuFailure::from_rpc(FAILED, error, &log);
+    swrk.send(&Request {
+        kind: Kind::Dump as i32,
+        options: Some(rpc_options(options, &config)),
+        ..Request::default()
+    })
+    .map_err(failed)?;
+    swrk.run_to("query-ext-files", wait)
+        .map_err(|error| CriuFailure::from_run(FAILED, error, &log))?;
+    Ok(Frozen(Running {
+        swrk,
+        page_socket: ours,
+        log,
+    }))
+}
+
+const FAILED: &str = "CRIU could not dump the process tree";
+
+impl Frozen {
+    /// The CRIU process that holds the tasks.
+    pub fn criu_pid(&self) -> i32 {
+        self.0.swrk.pid()
+    }
+
+    /// Lets CRIU write the images; returns when they are complete.
+    ///
+    /// # Errors
+    /// See [`CriuFailure`]; the tasks run on.
+    pub fn capture(self, wait: &Wait) -> Result<Captured, CriuFailure> {
+        let mut running = self.0;
+        let log = running.log.clone();
+        running
+            .swrk
+            .answer(true)
+            .map_err(|e| CriuFailure::from_rpc(FAILED, e, &log))?;
+        running
+            .swrk
+            .run_to("post-dump", wait)
+            .map_err(|error| CriuFailure::from_run(FAILED, error, &log))?;
+        Ok(Captured(running))
+    }
+}
+
+impl Captured {
+    /// The CRIU process that holds the tasks.
+    pub fn criu_pid(&self) -> i32 {
+        self.0.swrk.pid()
+    }
+
+    /// Whether CRIU still holds the tasks, and so has held them ever since the images were
+    /// written.
+    pub fn is_held(&mut self) -> bool {
+        self.0.swrk.is_alive()
+    }
+
+    /// Has CRIU kill the tasks, without a sign to their TCP peers.
+    ///
+    /// # Errors
+    /// See [`CriuFailure`]; the tasks are dead only if there is none.
+    pub fn release(self, wait: &Wait) -> Result<(), CriuFailure> {
+        let Running {
+            mut swrk,
+            page_socket,
+            log,
+        } = self.0;
+        let failed = |error| CriuFailure::from_rpc(FAILED, error, &log);
+        swrk.answer(true).map_err(failed)?;
+        // Nobody asks for pages: the end of the file says that all were fetched.
+        drop(page_socket);
+        finished(swrk.run_to_end(wait), true, &log)
+    }
+
+    /// Has CRIU let the tasks go. Their own cgroup, if frozen, still holds them.
+    ///
+    /// # Errors
+    /// See [`CriuFailure`]; the tasks are let go all the same, by CRIU's end.
+    pub fn abandon(self, wait: &Wait) -> Result<(), CriuFailure> {
+        let Running {
+            mut swrk,
+            page_socket,
+            log,
+        } = self.0;
+        let failed = |error| CriuFailure::from_rpc(FAILED, error, &log);
+        swrk.answer(false).map_err(failed)?;
+        // A "no" alone is not enough: CRIU serves pages nevertheless and would take the end of
+        // the file for success. A header with an unknown command makes it fail.
+        let garbage = [0xff; 64];
+        let _ = rustix::net::send(&page_socket, &garbage, SendFlags::NOSIGNAL);
+        finished(swrk.run_to_end(wait), false, &log)
+    }
+
+    /// Kills CRIU, which lets the tasks go (or leaves them to their frozen cgroup) but leaves
+    /// their TCP sockets in repair mode.
+    pub fn kill_criu(mut self) {
+        self.0.swrk.kill();
+    }
+}
+
+fn finished(
+    response: Result<Response, RpcError>,
+    expected: bool,
+    log: &Path,
+) -> Result<(), CriuFailure> {
+    match response {
+        Ok(response) if response.success == expected => Ok(()),
+        Ok(response) => {
+            let what = if expected {
+                FAILED
+            } else {
+                "CRIU ended the dump that was given up"
+            };
+            Err(CriuFailure::from_response(what, &response, log))
+        }
+        Err(error) => Err(CriuFailure::from_rpc(FAILED, error, log)),
+    }
+}
+
+fn rpc_options(options: &DumpOptions, config: &Path) -> Options {
+    Options {
+        images_dir_fd: -1,
+        images_dir: Some(options.directory.to_string_lossy().into_owned()),
+        pid: Some(options.pid),
+        tcp_established: Some(true),
+        shell_job: Some(options.shell_job),
+        file_locks: Some(true),
+        link_remap: Some(true),
+        ghost_limit: Some(GHOST_LIMIT),
+        log_level: Some(LOG_LEVEL),
+        log_file: Some(LOG.to_owned()),
+        notify_scripts: Some(true),
+        manage_cgroups_mode: Some(CGROUPS_IGNORE),
+        network_lock: Some(NETWORK_LOCK_SKIP),
+        timeout: Some(options.freeze_seconds),
+        lazy_pages: Some(true),
+        config_file: Some(config.to_string_lossy().into_owned()),
+    }
+}

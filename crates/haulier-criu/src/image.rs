@@ -1,0 +1,273 @@
+//! The framing of CRIU's image files, and the entries that haulier reads.
+//!
+//! A file is a magic (two for most files), then entries: u32 length, protobuf. Numbers from
+//! CRIU 4.0 to 4.2; `haulier`'s reference says which changed.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use prost::Message;
+use thiserror::Error;
+
+/// First word of every image but the inventory.
+const COMMON: u32 = 0x5456_4319;
+/// Largest image that is read into memory here. The ones with page data are not.
+const LARGEST: u64 = 256 << 20;
+
+/// An image haulier reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageKind {
+    /// `pstree.img`: [`PstreeEntry`] each.
+    Pstree,
+    /// `pagemap-PID.img`: a [`PagemapHead`], then [`PagemapEntry`] each.
+    Pagemap,
+    /// `mm-PID.img`: one [`MmEntry`].
+    Mm,
+}
+
+impl ImageKind {
+    fn magic(self) -> u32 {
+        match self {
+            ImageKind::Pstree => 0x5027_3030,
+            ImageKind::Pagemap => 0x5608_4025,
+            ImageKind::Mm => 0x5749_2820,
+        }
+    }
+}
+
+/// An image that cannot be used.
+#[derive(Debug, Error)]
+pub enum ImageError {
+    /// The file cannot be read.
+    #[error("cannot read the image {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not what its name says, or is damaged.
+    #[error("the image {path} is not valid: {reason}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// A task of the tree.
+#[derive(Clone, PartialEq, Message)]
+pub struct PstreeEntry {
+    /// Process number.
+    #[prost(uint32, required, tag = "1")]
+    pub pid: u32,
+    /// Its parent's.
+    #[prost(uint32, required, tag = "2")]
+    pub parent: u32,
+    /// Its process group.
+    #[prost(uint32, required, tag = "3")]
+    pub group: u32,
+    /// Its session.
+    #[prost(uint32, required, tag = "4")]
+    pub session: u32,
+    /// Its threads, itself included.
+    #[prost(uint32, repeated, packed = "false", tag = "5")]
+    pub threads: Vec<u32>,
+}
+
+/// The first entry of a pagemap.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct PagemapHead {
+    /// Number of the image with the page data.
+    #[prost(uint32, required, tag = "1")]
+    pub pages_id: u32,
+}
+
+/// A run of pages.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct PagemapEntry {
+    /// Address of the first page.
+    #[prost(uint64, required, tag = "1")]
+    pub address: u64,
+    /// Pages, as written up to CRIU 4.1.1; zero from 4.2 on.
+    #[prost(uint32, required, tag = "2")]
+    pub compat_pages: u32,
+    /// What is known of them, see [`PagemapEntry::is_lazy`].
+    #[prost(uint32, optional, tag = "4")]
+    pub flags: Option<u32>,
+    /// Pages, as written from CRIU 4.2 on.
+    #[prost(uint64, optional, tag = "5")]
+    pub pages: Option<u64>,
+}
+
+impl PagemapEntry {
+    const LAZY: u32 = 2;
+
+    /// Number of pages, whichever version wrote it.
+    pub fn page_count(&self) -> u64 {
+        self.pages.unwrap_or_else(|| self.compat_pages.into())
+    }
+
+    /// Whether the pages are left to the lazy-pages daemon. That their contents may be in the
+    /// images as well changes nothing: a lazy restore skips them there (CRIU 4.0 to 4.2).
+    pub fn is_lazy(&self) -> bool {
+        self.flags.unwrap_or(0) & Self::LAZY != 0
+    }
+}
+
+/// Memory of a task.
+#[derive(Clone, PartialEq, Message)]
+pub struct MmEntry {
+    /// Its mappings, by address.
+    #[prost(message, repeated, tag = "14")]
+    pub mappings: Vec<Mapping>,
+}
+
+/// A mapping of a task.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Mapping {
+    /// First address.
+    #[prost(uint64, required, tag = "1")]
+    pub start: u64,
+    /// Address after the last.
+    #[prost(uint64, required, tag = "2")]
+    pub end: u64,
+}
+
+/// An image file in memory.
+#[derive(Debug)]
+pub(crate) struct Image {
+    path: PathBuf,
+    bytes: Vec<u8>,
+    offset: usize,
+}
+
+impl Image {
+    /// Reads a file and checks its magic.
+    pub(crate) fn open(path: &Path, kind: ImageKind) -> Result<Image, ImageError> {
+        let failed = |source| ImageError::Read {
+            path: path.to_owned(),
+            source,
+        };
+        let size = fs::metadata(path).map_err(failed)?.len();
+        let bytes = if size <= LARGEST {
+            fs::read(path).map_err(failed)?
+        } else {
+            Vec::new()
+        };
+        let mut image = Image {
+            path: path.to_owned(),
+            bytes,
+            offset: 0,
+        };
+        if size > LARGEST {
+            return Err(image.invalid(format!("{size} bytes are over the limit of {LARGEST}")));
+        }
+        let (common, magic) = (image.word()?, image.word()?);
+        if common != Some(COMMON) || magic != Some(kind.magic()) {
+            return Err(image.invalid(format!("it is not a {kind:?} image")));
+        }
+        Ok(image)
+    }
+
+    /// The next entry; `None` at the end.
+    pub(crate) fn next<M: Message + Default>(&mut self) -> Result<Option<M>, ImageError> {
+        let Some(length) = self.word()? else {
+            return Ok(None);
+        };
+        let rest = &self.bytes[self.offset..];
+        let Some(entry) = rest.get(..length as usize) else {
+            return Err(self.invalid("it ends in the middle of an entry".to_owned()));
+        };
+        let entry = M::decode(entry).map_err(|error| self.invalid(error.to_string()))?;
+        self.offset += length as usize;
+        Ok(Some(entry))
+    }
+
+    /// The next entry, which has to be there.
+    pub(crate) fn expect<M: Message + Default>(&mut self) -> Result<M, ImageError> {
+        self.next()?
+            .ok_or_else(|| self.invalid("it is empty".to_owned()))
+    }
+
+    pub(crate) fn invalid(&self, reason: String) -> ImageError {
+        ImageError::Invalid {
+            path: self.path.clone(),
+            reason,
+        }
+    }
+
+    fn word(&mut self) -> Result<Option<u32>, ImageError> {
+        match self.bytes[self.offset..] {
+            [] => Ok(None),
+            [a, b, c, d, ..] => {
+                self.offset += 4;
+                Ok(Some(u32::from_le_bytes([a, b, c, d])))
+            }
+            _ => Err(self.invalid("it ends in the middle of a number".to_owned())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(words: &[u32], entries: &[Vec<u8>]) -> tempfile::NamedTempFile {
+        let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        for entry in entries {
+            bytes.extend((entry.len() as u32).to_le_bytes());
+            bytes.extend(entry);
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn entries_come_in_order() {
+        let entry = PstreeEntry {
+            pid: 7,
+            threads: vec![7, 8],
+            ..Default::default()
+        };
+        let file = file(
+            &[COMMON, ImageKind::Pstree.magic()],
+            &[entry.encode_to_vec()],
+        );
+        let mut image = Image::open(file.path(), ImageKind::Pstree).unwrap();
+        assert_eq!(image.next().unwrap(), Some(entry));
+        assert_eq!(image.next::<PstreeEntry>().unwrap(), None);
+    }
+
+    #[test]
+    fn other_and_cut_files_are_refused() {
+        let other = file(&[COMMON, ImageKind::Mm.magic()], &[]);
+        assert!(Image::open(other.path(), ImageKind::Pstree).is_err());
+        let cut = file(&[COMMON, ImageKind::Mm.magic(), 99], &[]);
+        assert!(
+            Image::open(cut.path(), ImageKind::Mm)
+                .unwrap()
+                .next::<MmEntry>()
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn both_spellings_of_a_page_count_are_read() {
+        let old = PagemapEntry {
+            compat_pages: 3,
+            ..Default::default()
+        };
+        let new = PagemapEntry {
+            pages: Some(5),
+            flags: Some(2),
+            ..Default::default()
+        };
+        assert_eq!((old.page_count(), old.is_lazy()), (3, false));
+        assert_eq!((new.page_count(), new.is_lazy()), (5, true));
+    }
+}

@@ -1,0 +1,77 @@
+//! The bulk fill: threads that place whatever has arrived.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::LazyError;
+use super::shared::{PanicGuard, Shared};
+use super::space::{Space, Step};
+use crate::page::PAGE;
+
+/// How long to wait before trying again where the kernel said "mappings are changing": the task
+/// goes on microseconds after its event was read, and says so to nobody.
+const AGAIN: Duration = Duration::from_millis(1);
+
+/// A look at everything from time to time, although every change wakes.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// Body of the filling thread number `index`.
+pub(super) fn run(shared: &Shared, index: usize) {
+    let _guard = PanicGuard(shared);
+    while let Some((version, spaces)) = shared.work() {
+        let mut pass = Pass::default();
+        // Each thread starts elsewhere, so that they meet in one address space only in the end.
+        let skip = index * spaces.len() / shared.options.fill_threads;
+        for space in spaces.iter().cycle().skip(skip).take(spaces.len()) {
+            if let Err(error) = fill(shared, space, &mut pass) {
+                shared.fail(error);
+                return;
+            }
+        }
+        drop(spaces);
+        shared.worked(pass.placed);
+        if pass.placed {
+            continue;
+        } else if pass.again {
+            shared.wait(version, AGAIN);
+        } else {
+            shared.wait(version, IDLE);
+        }
+    }
+}
+
+#[derive(Default)]
+struct Pass {
+    placed: bool,
+    again: bool,
+}
+
+/// One walk through an address space.
+fn fill(shared: &Shared, space: &Arc<Space>, pass: &mut Pass) -> Result<(), LazyError> {
+    let mut from = 0;
+    while !shared.is_stopping() {
+        let pages = shared.options.chunk_pages;
+        match space.place(&shared.store, from, false, pages, &shared.counters)? {
+            Step::Next(next) => {
+                pass.placed = true;
+                from = next;
+            }
+            Step::NotHere(Some(next)) => from = next,
+            Step::NotHere(None) | Step::Nothing => break,
+            Step::Changing => {
+                pass.again = true;
+                break;
+            }
+            Step::Unregistered(at) => {
+                pass.again = true;
+                // What lies behind may be registered.
+                from = at + pages * PAGE;
+            }
+            Step::Gone => {
+                pass.placed = true;
+                break;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,578 @@
+//! The destination's memory of received pages, by task and address.
+
+mod batch;
+mod extents;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
+
+use batch::Account;
+pub use batch::{BatchBuffer, PageData};
+use extents::{Content, Extents, Found};
+
+use crate::page::{PAGE, PageRange, PageRun};
+
+/// What an extent counts for against the limit beside its contents: a peer that sends single zero
+/// pages makes the store grow too.
+const EXTENT_BYTES: u64 = 128;
+
+/// Why the store does not take pages.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// The limit would be passed.
+    #[error(
+        "the page store is full: {used} of {limit} bytes are in use and {wanted} more are needed; \
+         raise its limit"
+    )]
+    Full {
+        /// The store's limit in bytes.
+        limit: u64,
+        /// Bytes in use.
+        used: u64,
+        /// Bytes asked for.
+        wanted: u64,
+    },
+    /// Pages came after [`PageStore::seal`].
+    #[error("pages of task {task} arrived after the last round was complete")]
+    Sealed {
+        /// The task.
+        task: u32,
+    },
+    /// A range is empty, not aligned, or beyond the address space.
+    #[error("no valid range of pages for task {task}: {range}")]
+    Range {
+        /// The task.
+        task: u32,
+        /// The range.
+        range: PageRange,
+    },
+    /// The contents are not as long as the runs say.
+    #[error("contents of {bytes} bytes for {pages} pages of task {task}")]
+    Length {
+        /// The task.
+        task: u32,
+        /// Bytes of contents.
+        bytes: usize,
+        /// Pages of the runs that are not zero.
+        pages: u64,
+    },
+}
+
+/// What the store knows of a page and its successors.
+#[derive(Debug, Clone)]
+pub enum Lookup {
+    /// Contents of the page and of those that follow it in the same buffer.
+    Data(PageData),
+    /// The page and its successors, so many in all, are zero.
+    Zero(u64),
+    /// The page is not here.
+    Absent {
+        /// Address of the next page of the task that is.
+        next: Option<u64>,
+        /// No page will come any more: an absent page is zero.
+        sealed: bool,
+    },
+}
+
+impl Lookup {
+    /// Pages found.
+    pub fn pages(&self) -> u64 {
+        match self {
+            Lookup::Data(data) => data.len() as u64 / PAGE,
+            Lookup::Zero(pages) => *pages,
+            Lookup::Absent { .. } => 0,
+        }
+    }
+}
+
+/// Told when pages arrive or the store is sealed. Called by the thread that brings them, outside of
+/// the store's lock; must not block.
+pub trait Watcher: Send + Sync {
+    /// Something changed.
+    fn arrived(&self);
+}
+
+/// Pages received and not yet placed, bounded in bytes. Shared by the receivers and the consumers.
+pub struct PageStore {
+    account: Arc<Account>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    tasks: HashMap<u32, Extents>,
+    sealed: bool,
+    version: u64,
+    watchers: Vec<Weak<dyn Watcher>>,
+}
+
+impl std::fmt::Debug for PageStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PageStore({} bytes)", self.used())
+    }
+}
+
+impl PageStore {
+    /// An empty store that holds at most `limit` bytes, bookkeeping included.
+    pub fn new(limit: u64) -> Self {
+        Self {
+            account: Account::new(limit),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Bytes in use, including buffers handed out and not yet inserted.
+    pub fn used(&self) -> u64 {
+        self.account.used()
+    }
+
+    /// A buffer to receive contents into, counted from now on. Nothing is allocated over the limit.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`].
+    pub fn buffer(&self, bytes: usize) -> Result<BatchBuffer, StoreError> {
+        BatchBuffer::new(&self.account, bytes)
+    }
+
+    /// Puts pages in: the contents of the runs that are not zero lie one behind the other in `data`,
+    /// in the order of the runs. They replace what the store has of the same or an earlier round.
+    ///
+    /// # Errors
+    /// [`StoreError`]; nothing was changed then.
+    pub fn insert(
+        &self,
+        task: u32,
+        round: u32,
+        runs: &[PageRun],
+        data: BatchBuffer,
+    ) -> Result<(), StoreError> {
+        let mut pages = 0_u64;
+        for run in runs {
+            if !run.range.is_valid() {
+                return Err(StoreError::Range {
+                    task,
+                    range: run.range,
+                });
+            }
+            pages += if run.zero { 0 } else { run.range.pages };
+        }
+        if pages * PAGE != data.len() as u64 {
+            return Err(StoreError::Length {
+                task,
+                bytes: data.len(),
+                pages,
+            });
+        }
+        // A run adds one extent, and splits at most one in two more places.
+        let bookkeeping = runs.len() as u64 * 3 * EXTENT_BYTES;
+        let watchers = {
+            let mut state = self.lock();
+            if state.sealed {
+                return Err(StoreError::Sealed { task });
+            }
+            self.account.charge(bookkeeping)?;
+            let batch = Arc::new(data);
+            let extents = state.tasks.entry(task).or_default();
+            let before = extents.len() as u64;
+            let mut offset = 0;
+            for run in runs {
+                let content = if run.zero {
+                    Content::Zero
+                } else {
+                    let at = offset;
+                    offset += run.range.bytes() as usize;
+                    Content::Data(batch.clone(), at)
+                };
+                extents.insert(run.range, round, content);
+            }
+            let after = extents.len() as u64;
+            self.account
+                .adjust(bookkeeping + before * EXTENT_BYTES, after * EXTENT_BYTES);
+            state.change()
+        };
+        self.tell(watchers);
+        Ok(())
+    }
+
+    /// Puts zero pages in.
+    ///
+    /// # Errors
+    /// As [`Self::insert`].
+    pub fn insert_zero(&self, task: u32, round: u32, range: PageRange) -> Result<(), StoreError> {
+        self.insert(
+            task,
+            round,
+            &[PageRun { range, zero: true }],
+            self.buffer(0)?,
+        )
+    }
+
+    /// What the store has of the page at `address` and its successors, at most `max_pages`.
+    pub fn lookup(&self, task: u32, address: u64, max_pages: u64) -> Lookup {
+        self.lock().lookup(task, address, max_pages)
+    }
+
+    /// As [`Self::lookup`], and removes what it returns.
+    pub fn take_run(&self, task: u32, address: u64, max_pages: u64) -> Lookup {
+        let mut state = self.lock();
+        let found = state.lookup(task, address, max_pages);
+        let pages = found.pages();
+        if pages > 0 {
+            self.edit(&mut state, task, |extents| {
+                extents.remove(PageRange {
+                    start: address,
+                    pages,
+                });
+            });
+        }
+        found
+    }
+
+    /// Drops the pages of a range: placed, gone, or outdated by what is still to come.
+    pub fn discard(&self, task: u32, range: PageRange) {
+        self.edit(&mut self.lock(), task, |extents| extents.remove(range));
+    }
+
+    /// Drops all pages of a task outside of `ranges`, which are ascending and disjoint.
+    pub fn retain(&self, task: u32, ranges: &[PageRange]) {
+        self.edit(&mut self.lock(), task, |extents| extents.retain(ranges));
+    }
+
+    /// Drops all pages of the tasks that are not to be kept.
+    pub fn retain_tasks(&self, keep: impl Fn(u32) -> bool) {
+        let mut state = self.lock();
+        let drop: Vec<u32> = state
+            .tasks
+            .keys()
+            .copied()
+            .filter(|task| !keep(*task))
+            .collect();
+        for task in drop {
+            self.edit(&mut state, task, |extents| extents.retain(&[]));
+            state.tasks.remove(&task);
+        }
+    }
+
+    /// Declares that everything has arrived: what is absent from now on is zero, and further pages
+    /// are refused.
+    pub fn seal(&self) {
+        let watchers = {
+            let mut state = self.lock();
+            state.sealed = true;
+            state.change()
+        };
+        self.tell(watchers);
+    }
+
+    /// Whether [`Self::seal`] was called.
+    pub fn is_sealed(&self) -> bool {
+        self.lock().sealed
+    }
+
+    /// Has `watcher` told of every arrival for as long as it lives.
+    pub fn watch(&self, watcher: Weak<dyn Watcher>) {
+        self.lock().watchers.push(watcher);
+    }
+
+    /// A number that grows with every arrival, for [`Self::wait_change`].
+    pub fn version(&self) -> u64 {
+        self.lock().version
+    }
+
+    /// Waits until the version is not `seen` any more, at most until `deadline`. Returns the version.
+    pub fn wait_change(&self, seen: u64, deadline: Instant) -> u64 {
+        let mut state = self.lock();
+        loop {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if state.version != seen || rest.is_zero() {
+                return state.version;
+            }
+            let waited = self.changed.wait_timeout(state, rest);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn edit(&self, state: &mut State, task: u32, change: impl FnOnce(&mut Extents)) {
+        let Some(extents) = state.tasks.get_mut(&task) else {
+            return;
+        };
+        let before = extents.len() as u64;
+        change(extents);
+        self.account
+            .adjust(before * EXTENT_BYTES, extents.len() as u64 * EXTENT_BYTES);
+    }
+
+    fn tell(&self, watchers: Vec<Arc<dyn Watcher>>) {
+        self.changed.notify_all();
+        for watcher in watchers {
+            watcher.arrived();
+        }
+    }
+
+    /// A panic elsewhere cannot leave the extents half changed in a way that matters more than the
+    /// pages of a migration that has failed by then.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn lookup(&self, task: u32, address: u64, max_pages: u64) -> Lookup {
+        let sealed = self.sealed;
+        match self
+            .tasks
+            .get(&task)
+            .map(|extents| extents.find(address, max_pages))
+        {
+            Some(Found::Data(data)) => Lookup::Data(data),
+            Some(Found::Zero(pages)) => Lookup::Zero(pages),
+            Some(Found::Absent(next)) => Lookup::Absent { next, sealed },
+            None => Lookup::Absent { next: None, sealed },
+        }
+    }
+
+    fn change(&mut self) -> Vec<Arc<dyn Watcher>> {
+        self.version += 1;
+        self.watchers.retain(|watcher| watcher.strong_count() > 0);
+        self.watchers.iter().filter_map(Weak::upgrade).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::page::PAGE_BYTES;
+
+    const TASK: u32 = 7;
+
+    fn run(page: u64, pages: u64, zero: bool) -> PageRun {
+        PageRun {
+            range: PageRange {
+                start: page * PAGE,
+                pages,
+            },
+            zero,
+        }
+    }
+
+    fn filled(store: &PageStore, values: &[u8]) -> BatchBuffer {
+        let mut buffer = store.buffer(values.len() * PAGE_BYTES).unwrap();
+        for (page, value) in buffer.chunks_exact_mut(PAGE_BYTES).zip(values) {
+            page.fill(*value);
+        }
+        buffer
+    }
+
+    #[test]
+    fn the_limit_holds_for_contents_and_for_bookkeeping() {
+        let store = PageStore::new(10 * PAGE);
+        let batch = store.buffer(8 * PAGE_BYTES).unwrap();
+        assert!(matches!(
+            store.buffer(3 * PAGE_BYTES),
+            Err(StoreError::Full { .. })
+        ));
+        store.insert(TASK, 0, &[run(0, 8, false)], batch).unwrap();
+        let error = (0..u64::from(u32::MAX))
+            .find_map(|page| {
+                store
+                    .insert_zero(TASK, 0, run(100 + 2 * page, 1, true).range)
+                    .err()
+            })
+            .unwrap();
+        assert!(matches!(error, StoreError::Full { .. }), "{error}");
+        assert!(store.used() <= 10 * PAGE);
+        store.retain(TASK, &[]);
+        assert_eq!(store.used(), 0, "all is given back");
+    }
+
+    #[test]
+    fn a_batch_lives_as_long_as_one_of_its_pages() {
+        let store = PageStore::new(1 << 20);
+        let batch = filled(&store, &[1, 2, 3]);
+        store.insert(TASK, 0, &[run(10, 3, false)], batch).unwrap();
+        store.discard(TASK, run(10, 2, false).range);
+        assert_eq!(store.used(), 3 * PAGE + EXTENT_BYTES);
+        let Lookup::Data(last) = store.take_run(TASK, 12 * PAGE, 9) else {
+            panic!("page 12 lost")
+        };
+        assert_eq!(store.used(), 3 * PAGE, "the reader still holds it");
+        assert!(last.iter().all(|byte| *byte == 3));
+        drop(last);
+        assert_eq!(store.used(), 0);
+    }
+
+    #[test]
+    fn bad_input_is_refused_whole() {
+        let store = PageStore::new(1 << 20);
+        let refused = |runs: &[PageRun], pages: usize| {
+            store
+                .insert(TASK, 0, runs, store.buffer(pages * PAGE_BYTES).unwrap())
+                .unwrap_err()
+        };
+        assert!(matches!(
+            refused(&[run(1, 2, false)], 1),
+            StoreError::Length { .. }
+        ));
+        let end = PageRange {
+            start: crate::page::ADDRESS_END - PAGE,
+            pages: 2,
+        };
+        let beyond = PageRun {
+            range: end,
+            zero: true,
+        };
+        assert!(matches!(
+            refused(&[run(1, 1, false), beyond], 1),
+            StoreError::Range { .. }
+        ));
+        store.seal();
+        assert_eq!(
+            refused(&[run(1, 1, false)], 1),
+            StoreError::Sealed { task: TASK }
+        );
+        let found = store.lookup(TASK, PAGE, 1);
+        assert!(
+            matches!(
+                found,
+                Lookup::Absent {
+                    next: None,
+                    sealed: true
+                }
+            ),
+            "{found:?}"
+        );
+        assert_eq!(store.used(), 0);
+    }
+
+    #[test]
+    fn a_waiter_is_woken_by_an_arrival_and_by_the_seal() {
+        let store = Arc::new(PageStore::new(1 << 20));
+        let deadline = Instant::now() + Duration::from_secs(20);
+        for seal in [false, true] {
+            let seen = store.version();
+            let waiter = {
+                let store = store.clone();
+                std::thread::spawn(move || store.wait_change(seen, deadline))
+            };
+            if seal {
+                store.seal();
+            } else {
+                store.insert_zero(TASK, 0, run(1, 1, true).range).unwrap();
+            }
+            assert_eq!(waiter.join().unwrap(), seen + 1);
+        }
+        let now = store.version();
+        assert_eq!(
+            store.wait_change(now, Instant::now()),
+            now,
+            "a passed deadline ends the wait"
+        );
+    }
+
+    #[derive(Debug, Clone)]
+    enum Action {
+        Insert {
+            round: u32,
+            runs: Vec<(u64, u64, bool)>,
+        },
+        Take {
+            page: u64,
+            max: u64,
+        },
+        Discard {
+            page: u64,
+            pages: u64,
+        },
+        Retain(Vec<(u64, u64)>),
+    }
+
+    const PAGES: u64 = 40;
+
+    fn action() -> impl Strategy<Value = Action> {
+        let runs = prop::collection::vec((0..PAGES, 1..12_u64, any::<bool>()), 1..4);
+        prop_oneof![
+            4 => (0..4_u32, runs).prop_map(|(round, runs)| Action::Insert { round, runs }),
+            3 => (0..PAGES, 1..12_u64).prop_map(|(page, max)| Action::Take { page, max }),
+            1 => (0..PAGES, 1..12_u64).prop_map(|(page, pages)| Action::Discard { page, pages }),
+            1 => prop::collection::vec((0..6_u64, 1..8_u64), 0..4).prop_map(Action::Retain),
+        ]
+    }
+
+    proptest! {
+        /// Against a map of single pages to (round, value); value 0 is a zero page.
+        #[test]
+        fn it_behaves_like_a_map_of_pages(actions in prop::collection::vec(action(), 1..40)) {
+            let store = PageStore::new(1 << 30);
+            let mut model: HashMap<u64, (u32, u8)> = HashMap::new();
+            let mut value = 0_u8;
+            for action in actions {
+                match action {
+                    Action::Insert { round, runs } => {
+                        let (mut list, mut values) = (Vec::new(), Vec::new());
+                        for (page, pages, zero) in runs {
+                            list.push(run(page, pages, zero));
+                            for page in page..page + pages {
+                                value = value % 250 + 1;
+                                let new = if zero { 0 } else { value };
+                                values.extend((!zero).then_some(value));
+                                let old = model.entry(page).or_insert((round, new));
+                                if old.0 <= round {
+                                    *old = (round, new);
+                                }
+                            }
+                        }
+                        store.insert(TASK, round, &list, filled(&store, &values)).unwrap();
+                    }
+                    Action::Take { page, max } => {
+                        let found = store.take_run(TASK, page * PAGE, max);
+                        prop_assert!(found.pages() <= max);
+                        for n in 0..found.pages() {
+                            let got = match &found {
+                                Lookup::Data(data) => data[n as usize * PAGE_BYTES + 17],
+                                _ => 0,
+                            };
+                            prop_assert_eq!(model.remove(&(page + n)).map(|old| old.1), Some(got));
+                        }
+                        if let Lookup::Absent { next, .. } = found {
+                            let expected = model.keys().filter(|other| **other >= page).min();
+                            prop_assert_eq!(next, expected.map(|page| page * PAGE));
+                            prop_assert!(!model.contains_key(&page));
+                        }
+                    }
+                    Action::Discard { page, pages } => {
+                        store.discard(TASK, run(page, pages, false).range);
+                        model.retain(|at, _| !(page..page + pages).contains(at));
+                    }
+                    Action::Retain(gaps) => {
+                        let (mut from, mut ranges) = (0, Vec::new());
+                        for (gap, pages) in gaps {
+                            ranges.push(run(from + gap, pages, false).range);
+                            from += gap + pages;
+                        }
+                        store.retain(TASK, &ranges);
+                        model.retain(|at, _| ranges.iter()
+                            .any(|range| (range.start..range.end()).contains(&(at * PAGE))));
+                    }
+                }
+                for page in 0..PAGES + 12 {
+                    let expected = model.get(&page).map(|old| old.1);
+                    let got = match store.lookup(TASK, page * PAGE, 1) {
+                        Lookup::Data(data) => Some(data[4095]),
+                        Lookup::Zero(_) => Some(0),
+                        Lookup::Absent { .. } => None,
+                    };
+                    prop_assert_eq!(got, expected, "page {}", page);
+                }
+            }
+            store.retain(TASK, &[]);
+            prop_assert_eq!(store.used(), 0);
+        }
+    }
+}

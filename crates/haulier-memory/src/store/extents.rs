@@ -1,0 +1,171 @@
+//! The pages of one task that the store holds, as disjoint extents by address.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::batch::{BatchBuffer, PageData};
+use crate::page::{PAGE, PageRange};
+
+/// What an extent's pages are.
+#[derive(Debug, Clone)]
+pub(super) enum Content {
+    Zero,
+    /// Successive pages of the batch from this offset in bytes.
+    Data(Arc<BatchBuffer>, usize),
+}
+
+#[derive(Debug, Clone)]
+struct Extent {
+    pages: u64,
+    round: u32,
+    content: Content,
+}
+
+/// What is known of the page at an address.
+#[derive(Debug, Clone)]
+pub(super) enum Found {
+    Data(PageData),
+    Zero(u64),
+    /// Nothing; the next page that is known.
+    Absent(Option<u64>),
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Extents {
+    by_start: BTreeMap<u64, Extent>,
+}
+
+impl Extents {
+    pub(super) fn len(&self) -> usize {
+        self.by_start.len()
+    }
+
+    /// Puts pages in. They replace those of the same or an earlier round; those of a later round
+    /// stay, since streams do not keep step with one another.
+    pub(super) fn insert(&mut self, range: PageRange, round: u32, content: Content) {
+        let (start, end) = (range.start, range.end());
+        self.split_at(start);
+        self.split_at(end);
+        let kept: Vec<(u64, u64)> = self
+            .by_start
+            .range(start..end)
+            .filter(|(_, extent)| extent.round > round)
+            .map(|(at, extent)| (*at, at + extent.pages * PAGE))
+            .collect();
+        if kept.is_empty() {
+            self.remove_whole(start, end);
+            self.put(start, end, start, round, content);
+            return;
+        }
+        let mut from = start;
+        for (kept_start, kept_end) in kept.into_iter().chain([(end, end)]) {
+            if from < kept_start {
+                self.remove_whole(from, kept_start);
+                self.put(from, kept_start, start, round, content.clone());
+            }
+            from = kept_end;
+        }
+    }
+
+    /// Drops the pages of a range.
+    pub(super) fn remove(&mut self, range: PageRange) {
+        self.split_at(range.start);
+        self.split_at(range.end());
+        self.remove_whole(range.start, range.end());
+    }
+
+    /// Drops every page outside of the ranges, which are ascending and disjoint.
+    pub(super) fn retain(&mut self, ranges: &[PageRange]) {
+        let mut from = 0;
+        for range in ranges {
+            self.remove(PageRange::between(from, range.start));
+            from = range.end();
+        }
+        self.split_at(from);
+        self.by_start.split_off(&from);
+    }
+
+    /// What is at an address, for at most `max_pages` from there on.
+    pub(super) fn find(&self, address: u64, max_pages: u64) -> Found {
+        if let Some((start, extent)) = self.by_start.range(..=address).next_back() {
+            let skip = (address - start) / PAGE;
+            if skip < extent.pages {
+                let pages = (extent.pages - skip).min(max_pages);
+                return match &extent.content {
+                    Content::Zero => Found::Zero(pages),
+                    Content::Data(batch, offset) => Found::Data(PageData {
+                        batch: batch.clone(),
+                        offset: offset + (skip * PAGE) as usize,
+                        len: (pages * PAGE) as usize,
+                    }),
+                };
+            }
+        }
+        Found::Absent(
+            self.by_start
+                .range(address..)
+                .next()
+                .map(|(start, _)| *start),
+        )
+    }
+
+    /// Adds `[start, end)`, where nothing is, of a content that begins at `origin`.
+    fn put(&mut self, start: u64, end: u64, origin: u64, round: u32, content: Content) {
+        let content = match content {
+            Content::Zero => Content::Zero,
+            Content::Data(batch, offset) => {
+                Content::Data(batch, offset + (start - origin) as usize)
+            }
+        };
+        let pages = (end - start) / PAGE;
+        // Zero pages come in many small runs that lie side by side.
+        if let (Content::Zero, Some((before, extent))) =
+            (&content, self.by_start.range_mut(..start).next_back())
+        {
+            let touches = before + extent.pages * PAGE == start;
+            if touches && extent.round == round && matches!(extent.content, Content::Zero) {
+                extent.pages += pages;
+                return;
+            }
+        }
+        self.by_start.insert(
+            start,
+            Extent {
+                pages,
+                round,
+                content,
+            },
+        );
+    }
+
+    /// Makes `address` the border of extents, if it lies inside of one.
+    fn split_at(&mut self, address: u64) {
+        let Some((start, extent)) = self.by_start.range_mut(..address).next_back() else {
+            return;
+        };
+        let head = (address - start) / PAGE;
+        if head >= extent.pages {
+            return;
+        }
+        let content = match &extent.content {
+            Content::Zero => Content::Zero,
+            Content::Data(batch, offset) => {
+                Content::Data(batch.clone(), offset + (head * PAGE) as usize)
+            }
+        };
+        let tail = Extent {
+            pages: extent.pages - head,
+            round: extent.round,
+            content,
+        };
+        extent.pages = head;
+        self.by_start.insert(address, tail);
+    }
+
+    /// Removes the extents of a range whose ends are borders.
+    fn remove_whole(&mut self, start: u64, end: u64) {
+        while let Some((&at, _)) = self.by_start.range(start..end).next() {
+            self.by_start.remove(&at);
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! All unsafe code of haulier: userfaultfd, remote memory, packets, descriptors.
+
+pub mod namespaces;
+pub mod packet;
+pub mod pidfd;
+pub mod process_memory;
+pub mod session;
+pub mod socket;
+pub mod userfaultfd;
+pub mod wait;

@@ -1,0 +1,534 @@
+//! userfaultfd: descriptor, events, COPY, ZEROPAGE, WAKE, UNREGISTER.
+//!
+//! Numbers and layouts are those of `linux/userfaultfd.h`. A [`Userfaultfd`] usually belongs to
+//! another process (CRIU passes it over its lazy-pages socket); [`Userfaultfd::create`] makes one
+//! for our own, which is only of use with a [`Region`].
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
+
+use rustix::ioctl::{Opcode, opcode};
+use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags};
+
+/// Features CRIU asks for on the descriptors it hands to a lazy-pages daemon.
+pub const CRIU_FEATURES: u64 =
+    features::EVENT_FORK | features::EVENT_REMAP | features::EVENT_REMOVE | features::EVENT_UNMAP;
+
+/// Feature bits of `UFFDIO_API` that this crate uses.
+pub mod features {
+    /// `fork` in the task is reported, with a descriptor for the child.
+    pub const EVENT_FORK: u64 = 1 << 1;
+    /// `mremap` in the task is reported.
+    pub const EVENT_REMAP: u64 = 1 << 2;
+    /// `madvise(MADV_DONTNEED / MADV_FREE)` in the task is reported.
+    pub const EVENT_REMOVE: u64 = 1 << 3;
+    /// `munmap` in the task is reported.
+    pub const EVENT_UNMAP: u64 = 1 << 6;
+}
+
+const API: u64 = 0xAA;
+const USER_MODE_ONLY: libc::c_int = 1;
+const MODE_MISSING: u64 = 1;
+/// Bytes of `struct uffd_msg`, the same on every architecture.
+const MESSAGE: usize = 32;
+/// Messages taken by one read.
+const BATCH: usize = 64;
+
+#[repr(C)]
+struct ApiArg {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct RangeArg {
+    start: u64,
+    len: u64,
+}
+
+#[repr(C)]
+struct RegisterArg {
+    range: RangeArg,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct CopyArg {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
+}
+
+#[repr(C)]
+struct ZeroArg {
+    range: RangeArg,
+    mode: u64,
+    zeropage: i64,
+}
+
+const UFFDIO_API: Opcode = opcode::read_write::<ApiArg>(0xAA, 0x3F);
+const UFFDIO_REGISTER: Opcode = opcode::read_write::<RegisterArg>(0xAA, 0x00);
+const UFFDIO_UNREGISTER: Opcode = opcode::read::<RangeArg>(0xAA, 0x01);
+const UFFDIO_WAKE: Opcode = opcode::read::<RangeArg>(0xAA, 0x02);
+const UFFDIO_COPY: Opcode = opcode::read_write::<CopyArg>(0xAA, 0x03);
+const UFFDIO_ZEROPAGE: Opcode = opcode::read_write::<ZeroArg>(0xAA, 0x04);
+
+/// What the kernel reports on a userfaultfd.
+#[derive(Debug)]
+pub enum Event {
+    /// A thread waits for the page that contains `address`.
+    Pagefault {
+        /// Faulting address, not rounded to a page on every kernel.
+        address: u64,
+        /// `UFFD_PAGEFAULT_FLAG_*`.
+        flags: u64,
+        /// Thread id, 0 unless `UFFD_FEATURE_THREAD_ID` was asked for.
+        tid: u32,
+    },
+    /// The task forked; the descriptor serves the child's address space.
+    Fork {
+        /// The child's userfaultfd, already installed in our process.
+        uffd: OwnedFd,
+    },
+    /// `mremap` moved `len` bytes.
+    Remap {
+        /// Old address.
+        from: u64,
+        /// New address.
+        to: u64,
+        /// Bytes moved.
+        len: u64,
+    },
+    /// The content of `[start, end)` is about to be dropped (`MADV_DONTNEED`, `MADV_FREE`).
+    Remove {
+        /// First byte.
+        start: u64,
+        /// First byte beyond.
+        end: u64,
+    },
+    /// `[start, end)` was unmapped.
+    Unmap {
+        /// First byte.
+        start: u64,
+        /// First byte beyond.
+        end: u64,
+    },
+}
+
+/// Why a COPY or ZEROPAGE stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Obstacle {
+    /// EEXIST: the page at the stop is present already.
+    #[error("the page is present already")]
+    Exists,
+    /// EAGAIN: the task changes its mappings; read the events and try again. The kernel goes on
+    /// saying so for a moment after the event was read, until the task has gone on.
+    #[error("the mappings are changing")]
+    Changing,
+    /// ENOENT: no registered mapping at the address, or the range leaves the mapping.
+    #[error("the address is not in a registered mapping")]
+    NotRegistered,
+    /// ESRCH: the address space is gone.
+    #[error("the address space is gone")]
+    Gone,
+    /// ENOSPC: the address space is gone (older kernels) or its backing store is full.
+    #[error("no space for the page")]
+    NoSpace,
+    /// Any other error number.
+    #[error("{}", io::Error::from_raw_os_error(*.0))]
+    Errno(i32),
+}
+
+/// A COPY or ZEROPAGE that did not reach its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{obstacle} (after {done} bytes)")]
+pub struct PlaceError {
+    /// Bytes that were placed before the obstacle.
+    pub done: usize,
+    /// What stood in the way of the byte at `done`.
+    pub obstacle: Obstacle,
+}
+
+/// A userfaultfd, of another process or of our own.
+#[derive(Debug)]
+pub struct Userfaultfd {
+    fd: OwnedFd,
+}
+
+impl AsFd for Userfaultfd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Userfaultfd {
+    /// Takes a descriptor on which `UFFDIO_API` was done, as CRIU passes it. Makes it nonblocking:
+    /// the kernel answers `poll` on a blocking userfaultfd with an error.
+    pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
+        let flags = rustix::fs::fcntl_getfl(&fd)?;
+        if !flags.contains(rustix::fs::OFlags::NONBLOCK) {
+            rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
+        }
+        Ok(Self { fd })
+    }
+
+    /// Makes a userfaultfd for our own process with the given [`features`]. Without
+    /// `CAP_SYS_PTRACE` and with `vm.unprivileged_userfaultfd=0` it only sees faults from user mode.
+    pub fn create(features: u64) -> io::Result<Self> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        let fd = match syscall_userfaultfd(flags) {
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                syscall_userfaultfd(flags | USER_MODE_ONLY)?
+            }
+            other => other?,
+        };
+        let this = Self { fd };
+        let mut arg = ApiArg {
+            api: API,
+            features,
+            ioctls: 0,
+        };
+        this.ioctl(UFFDIO_API, &mut arg)?;
+        Ok(this)
+    }
+
+    /// Registers a whole [`Region`] of our own for faults on missing pages.
+    pub fn register_missing(&self, region: &Region) -> io::Result<()> {
+        let range = RangeArg {
+            start: region.address(),
+            len: region.len() as u64,
+        };
+        let mut arg = RegisterArg {
+            range,
+            mode: MODE_MISSING,
+            ioctls: 0,
+        };
+        self.ioctl(UFFDIO_REGISTER, &mut arg)
+    }
+
+    /// Appends the pending events (at most 64 at a time) to `events` and returns how many came;
+    /// 0 if there is none. Never blocks.
+    pub fn read_events(&self, events: &mut Vec<Event>) -> io::Result<usize> {
+        let mut raw = [0_u8; MESSAGE * BATCH];
+        let len = match rustix::io::read(&self.fd, &mut raw) {
+            Ok(len) => len,
+            Err(rustix::io::Errno::AGAIN) => return Ok(0),
+            Err(error) => return Err(error.into()),
+        };
+        let mut count = 0;
+        // Every descriptor of the batch must be owned before an error can be returned.
+        let mut unknown = None;
+        for message in raw[..len].chunks_exact(MESSAGE) {
+            match parse(message) {
+                Ok(event) => {
+                    events.push(event);
+                    count += 1;
+                }
+                Err(kind) => unknown = Some(kind),
+            }
+        }
+        match unknown {
+            Some(kind) => Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("userfaultfd reports an event of unknown kind {kind:#x}"),
+            )),
+            None => Ok(count),
+        }
+    }
+
+    /// Places `data` (whole pages) at `dst` and wakes who waits there. The range must stay inside
+    /// one mapping. Present pages are never overwritten.
+    pub fn copy(&self, dst: u64, data: &[u8]) -> Result<(), PlaceError> {
+        let mut done = 0;
+        while done < data.len() {
+            let rest = &data[done..];
+            let mut arg = CopyArg {
+                dst: dst + done as u64,
+                src: rest.as_ptr() as u64,
+                len: rest.len() as u64,
+                mode: 0,
+                copy: 0,
+            };
+            let outcome = self.ioctl(UFFDIO_COPY, &mut arg);
+            done = advance(done, rest.len(), arg.copy, outcome)?;
+        }
+        Ok(())
+    }
+
+    /// Places zero pages over `len` bytes at `dst` and wakes who waits there. As [`Self::copy`].
+    pub fn zero(&self, dst: u64, len: usize) -> Result<(), PlaceError> {
+        let mut done = 0;
+        while done < len {
+            let rest = len - done;
+            let range = RangeArg {
+                start: dst + done as u64,
+                len: rest as u64,
+            };
+            let mut arg = ZeroArg {
+                range,
+                mode: 0,
+                zeropage: 0,
+            };
+            let outcome = self.ioctl(UFFDIO_ZEROPAGE, &mut arg);
+            done = advance(done, rest, arg.zeropage, outcome)?;
+        }
+        Ok(())
+    }
+
+    /// Wakes the threads that wait for a page in the range; they fault again if it is missing.
+    pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
+        self.ioctl(UFFDIO_WAKE, &mut RangeArg { start, len })
+    }
+
+    /// Ends the registration of the range: what is missing there becomes zero on first touch.
+    pub fn unregister(&self, start: u64, len: u64) -> io::Result<()> {
+        self.ioctl(UFFDIO_UNREGISTER, &mut RangeArg { start, len })
+    }
+
+    /// Callers are this module's own: `request` and `T` belong together, and no request here makes
+    /// the kernel write to our memory elsewhere than in `arg` and in missing pages of a [`Region`].
+    fn ioctl<T>(&self, request: Opcode, arg: &mut T) -> io::Result<()> {
+        // SAFETY: the descriptor is open and `arg` is a live exclusive reference to the structure
+        // that `request` was computed from.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), request as _, ptr::from_mut(arg)) };
+        if result < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
+    }
+}
+
+fn syscall_userfaultfd(flags: libc::c_int) -> io::Result<OwnedFd> {
+    // SAFETY: the system call takes one integer and touches no memory of ours.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given us this descriptor and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// How far a COPY or ZEROPAGE came: `moved` is the kernel's count, or a negative error number.
+fn advance(
+    done: usize,
+    wanted: usize,
+    moved: i64,
+    outcome: io::Result<()>,
+) -> Result<usize, PlaceError> {
+    let Err(error) = outcome else {
+        return Ok(done + wanted);
+    };
+    // A part was done: the kernel says EAGAIN whatever stopped it. The next call tells.
+    if moved > 0 {
+        return Ok(done + (moved as usize).min(wanted));
+    }
+    let obstacle = match error.raw_os_error().unwrap_or(0) {
+        libc::EEXIST => Obstacle::Exists,
+        libc::EAGAIN => Obstacle::Changing,
+        libc::ENOENT => Obstacle::NotRegistered,
+        libc::ESRCH => Obstacle::Gone,
+        libc::ENOSPC => Obstacle::NoSpace,
+        errno => Obstacle::Errno(errno),
+    };
+    Err(PlaceError { done, obstacle })
+}
+
+/// Decodes one `struct uffd_msg`; an unknown kind is returned as the error.
+fn parse(message: &[u8]) -> Result<Event, u8> {
+    let u64_at = |at: usize| {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&message[at..at + 8]);
+        u64::from_ne_bytes(bytes)
+    };
+    let u32_at = |at: usize| {
+        let mut bytes = [0; 4];
+        bytes.copy_from_slice(&message[at..at + 4]);
+        u32::from_ne_bytes(bytes)
+    };
+    match message[0] {
+        0x12 => Ok(Event::Pagefault {
+            flags: u64_at(8),
+            address: u64_at(16),
+            tid: u32_at(24),
+        }),
+        0x13 => {
+            // SAFETY: the kernel installed this descriptor in our table for the reader of the
+            // message, which is us; every message is parsed once.
+            let uffd = unsafe { OwnedFd::from_raw_fd(u32_at(8) as RawFd) };
+            Ok(Event::Fork { uffd })
+        }
+        0x14 => Ok(Event::Remap {
+            from: u64_at(8),
+            to: u64_at(16),
+            len: u64_at(24),
+        }),
+        0x15 => Ok(Event::Remove {
+            start: u64_at(8),
+            end: u64_at(16),
+        }),
+        0x16 => Ok(Event::Unmap {
+            start: u64_at(8),
+            end: u64_at(16),
+        }),
+        kind => Err(kind),
+    }
+}
+
+/// A private anonymous mapping of our own, for tests and probes of memory machinery: its bytes are
+/// only reached through volatile accesses, so that a userfaultfd may fill it behind our back.
+pub struct Region {
+    address: *mut u8,
+    len: usize,
+}
+
+// SAFETY: a `Region` owns its mapping, and all access to it is volatile or by the kernel.
+unsafe impl Send for Region {}
+// SAFETY: as for `Send`; no reference to the mapped bytes is ever made.
+unsafe impl Sync for Region {}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Region({:#x}, {} bytes)", self.address(), self.len)
+    }
+}
+
+impl Region {
+    /// Maps `len` bytes (whole pages), readable and writable, untouched, without huge pages.
+    pub fn map(len: usize) -> io::Result<Self> {
+        // SAFETY: no address is asked for, so the kernel picks one that is free.
+        let address = unsafe {
+            rustix::mm::mmap_anonymous(
+                ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }?;
+        let region = Self {
+            address: address.cast(),
+            len,
+        };
+        region.advise(0..len, Advice::LinuxNoHugepage)?;
+        Ok(region)
+    }
+
+    /// Address of the first byte.
+    pub fn address(&self) -> u64 {
+        self.address as u64
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the region has no bytes; never true, as the kernel maps at least a page.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Reads one byte, faulting as any program would.
+    ///
+    /// # Panics
+    /// If `offset` lies outside.
+    pub fn read(&self, offset: usize) -> u8 {
+        assert!(offset < self.len, "offset {offset:#x} is outside {self:?}");
+        // SAFETY: inside the mapping, by the line above.
+        let at = unsafe { self.address.add(offset) };
+        // SAFETY: mapped and readable; a byte has no alignment and no invalid value.
+        unsafe { at.read_volatile() }
+    }
+
+    /// Writes one byte, faulting as any program would.
+    ///
+    /// # Panics
+    /// If `offset` lies outside.
+    pub fn write(&self, offset: usize, value: u8) {
+        assert!(offset < self.len, "offset {offset:#x} is outside {self:?}");
+        // SAFETY: inside the mapping, by the line above.
+        let at = unsafe { self.address.add(offset) };
+        // SAFETY: mapped and writable; nobody holds a reference to it.
+        unsafe { at.write_volatile(value) }
+    }
+
+    /// Drops the content of a part (`MADV_DONTNEED`). With `EVENT_REMOVE` it blocks until the event
+    /// was read.
+    pub fn discard(&self, part: Range<usize>) -> io::Result<()> {
+        self.advise(part, Advice::LinuxDontNeed)
+    }
+
+    /// Takes all access from a part (`PROT_NONE`); reading it through this type then kills us.
+    pub fn forbid(&self, part: Range<usize>) -> io::Result<()> {
+        let (at, len) = self.part(part);
+        // SAFETY: inside our own mapping, to which no reference exists.
+        unsafe { rustix::mm::mprotect(at.cast(), len, rustix::mm::MprotectFlags::empty()) }?;
+        Ok(())
+    }
+
+    /// Leaves a hole in the mapping. With `EVENT_UNMAP` it blocks until the event was read. The hole
+    /// must not be touched any more; it is filled again with an inaccessible mapping at once, so
+    /// that nobody else's memory can come to lie there.
+    pub fn unmap(&self, part: Range<usize>) -> io::Result<()> {
+        let (at, len) = self.part(part);
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
+        // SAFETY: replaces a part of our own mapping, to which no reference exists.
+        unsafe { rustix::mm::mmap_anonymous(at.cast(), len, ProtFlags::empty(), flags) }?;
+        Ok(())
+    }
+
+    /// Moves the mapping to another address (`mremap`). With `EVENT_REMAP` it blocks until the event
+    /// was read.
+    pub fn relocate(self) -> io::Result<Self> {
+        let target = Self::map(self.len)?;
+        // SAFETY: both mappings are ours and whole, and no reference to either exists; the target's
+        // is replaced.
+        unsafe {
+            rustix::mm::mremap_fixed(
+                self.address.cast(),
+                self.len,
+                self.len,
+                MremapFlags::MAYMOVE,
+                target.address.cast(),
+            )
+        }?;
+        // The old range is no longer ours to unmap.
+        std::mem::forget(self);
+        Ok(target)
+    }
+
+    fn advise(&self, part: Range<usize>, advice: Advice) -> io::Result<()> {
+        let (at, len) = self.part(part);
+        // SAFETY: inside our own mapping, to which no reference exists.
+        unsafe { rustix::mm::madvise(at.cast(), len, advice) }?;
+        Ok(())
+    }
+
+    fn part(&self, part: Range<usize>) -> (*mut u8, usize) {
+        assert!(
+            part.start <= part.end && part.end <= self.len,
+            "{part:?} is outside {self:?}"
+        );
+        // SAFETY: inside the mapping, by the line above.
+        let at = unsafe { self.address.add(part.start) };
+        (at, part.end - part.start)
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and nobody holds a reference into it.
+        let outcome = unsafe { rustix::mm::munmap(self.address.cast(), self.len) };
+        debug_assert!(outcome.is_ok(), "munmap of {self:?}: {outcome:?}");
+    }
+}
+
+#[cfg(test)]
+mod tests;

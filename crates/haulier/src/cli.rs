@@ -1,0 +1,225 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use haulier::recovery::Verdict;
+use haulier::{destination, source};
+use haulier_proto::id::MigrationId;
+use haulier_targets::host;
+use haulier_targets::network::MoveIp;
+
+/// Live migration of running processes between Linux hosts
+///
+/// Moves a process and its children, with memory, open files and TCP connections, to another host.
+/// "haulier serve" runs on the host they go to, "haulier migrate" on the one they come from.
+#[derive(Debug, Parser)]
+#[command(name = "haulier", version, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Say more about what goes on (-v, -vv); RUST_LOG overrides it
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub(crate) verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Migrate(Migrate),
+    Serve(Serve),
+    Resolve(Resolve),
+}
+
+/// Move a process tree to a host where "haulier serve" runs
+///
+/// The process and all its descendants are stopped, their state and memory are sent, and they go on
+/// at the destination under the same process numbers. Whatever fails before the destination has
+/// taken over, they go on here as if nothing had happened; so does Ctrl-C.
+///
+/// Programs, libraries and open files must be at the same paths on both hosts; that, free process
+/// numbers, memory and versions are checked before anything is stopped.
+#[derive(Debug, Args)]
+#[command(after_help = MIGRATE_HELP)]
+pub(crate) struct Migrate {
+    /// Process to move, with all its descendants
+    #[arg(value_parser = clap::value_parser!(i32).range(1..))]
+    pid: i32,
+    /// Where to: the address that "haulier serve" listens on there
+    #[arg(value_name = "HOST:PORT", value_parser = host_and_port)]
+    destination: String,
+    /// Address that moves along, with the connections bound to it, e.g. 10.0.0.5/24@eth0;
+    /// repeatable
+    #[arg(long, value_name = "ADDRESS/PREFIX@INTERFACE")]
+    move_ip: Vec<MoveIp>,
+    /// CRIU to use [default: $HAULIER_CRIU, or criu in PATH, or /opt/haulier/criu/sbin/criu]
+    #[arg(long, value_name = "PATH")]
+    criu: Option<PathBuf>,
+    /// Parallel connections for memory
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    streams: u32,
+    /// Longest time a single step may take, in seconds; then everything is undone
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    step_time: u64,
+    /// How long to ask a destination that fell silent after the commit whether it has taken over
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    doubt_time: u64,
+    /// Do not compare the processors' features
+    #[arg(long)]
+    skip_cpu_check: bool,
+    /// Print the report as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+const MIGRATE_HELP: &str = "\
+Exit codes:
+  0  moved: it runs on the destination
+  1  haulier itself failed to start
+  2  bad usage
+  3  nothing was touched: it runs here
+  4  rolled back: it was stopped for a moment and runs here again
+  5  needs you: it stands frozen here, and whether the destination runs it is not known
+
+Example: a Redis, with its address and its clients' connections
+  web2# haulier serve --listen 10.0.0.2:7000
+  web1# haulier migrate $(pidof redis-server) 10.0.0.2:7000 --move-ip 10.0.0.5/24@eth0
+
+The connection is neither encrypted nor authenticated: use it on a network you trust.";
+
+/// Accept processes from other hosts
+///
+/// Runs until Ctrl-C. Whoever can connect can have a process run here as root: listen on an address
+/// of a network you trust.
+#[derive(Debug, Args)]
+pub(crate) struct Serve {
+    /// Where to listen; port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = host_and_port)]
+    listen: String,
+    /// CRIU to use [default: $HAULIER_CRIU, or criu in PATH, or /opt/haulier/criu/sbin/criu]
+    #[arg(long, value_name = "PATH")]
+    criu: Option<PathBuf>,
+    /// Longest time a single step may take, in seconds; then everything is undone
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    step_time: u64,
+    /// Most memory for the pages of one migration, e.g. 8GiB [default: what is free at the start]
+    #[arg(long, value_name = "SIZE")]
+    max_memory: Option<ByteSize>,
+}
+
+/// Settle a migration whose destination fell silent after the commit
+///
+/// Its process stands frozen here, since it may be running there. Only who knows whether it does
+/// can say how it goes on.
+#[derive(Debug, Args)]
+pub(crate) struct Resolve {
+    /// The migration, as "haulier migrate" named it
+    pub(crate) id: MigrationId,
+    /// Where it is to run
+    pub(crate) place: Place,
+}
+
+/// Where a process in doubt is to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Place {
+    /// Here: it surely does not run at the destination and never will
+    Here,
+    /// There: it does run at the destination; remove it here
+    There,
+}
+
+impl From<Place> for Verdict {
+    fn from(place: Place) -> Verdict {
+        match place {
+            Place::Here => Verdict::Here,
+            Place::There => Verdict::There,
+        }
+    }
+}
+
+impl Migrate {
+    /// What the library is asked for.
+    pub(crate) fn options(&self) -> source::Options {
+        source::Options {
+            pid: self.pid,
+            destination: self.destination.clone(),
+            move_addresses: self.move_ip.clone(),
+            criu: self.criu.clone(),
+            streams: self.streams,
+            step_time: Duration::from_secs(self.step_time),
+            doubt_time: Duration::from_secs(self.doubt_time),
+            check_cpu: !self.skip_cpu_check,
+        }
+    }
+}
+
+impl Serve {
+    /// What the library is asked for.
+    pub(crate) fn options(&self) -> destination::Options {
+        destination::Options {
+            listen: self.listen.clone(),
+            criu: self.criu.clone(),
+            step_time: Duration::from_secs(self.step_time),
+            max_memory: self
+                .max_memory
+                .map_or_else(host::available_memory, |size| size.as_u64()),
+        }
+    }
+}
+
+/// `host:port`, `1.2.3.4:port` or `[v6]:port`; names are looked up later.
+fn host_and_port(text: &str) -> Result<String, String> {
+    let wrong =
+        || format!("expected HOST:PORT, e.g. 10.0.0.2:7000 or [fd00::2]:7000, got {text:?}");
+    let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+    let bare_v6 = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
+    if host.is_empty() || bare_v6 || port.parse::<u16>().is_err() {
+        return Err(wrong());
+    }
+    Ok(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn addresses_need_a_host_and_a_port() {
+        for good in ["web2:7000", "10.0.0.2:0", "[fd00::2]:7000"] {
+            assert!(host_and_port(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "web2",
+            ":7000",
+            "web2:",
+            "web2:70000",
+            "fd00::2:7000",
+            "web2:ssh",
+        ] {
+            assert!(host_and_port(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn bad_values_are_refused() {
+        let migrate = |arguments: &[&str]| {
+            let all = ["haulier", "migrate"].iter().chain(arguments);
+            Cli::try_parse_from(all).map(drop)
+        };
+        assert!(migrate(&["7", "a:1", "--move-ip", "10.0.0.5/24@eth0"]).is_ok());
+        assert!(migrate(&["0", "a:1"]).is_err());
+        assert!(migrate(&["-5", "a:1"]).is_err());
+        assert!(migrate(&["7", "a"]).is_err());
+        assert!(migrate(&["7", "a:1", "--move-ip", "10.0.0.5"]).is_err());
+        assert!(migrate(&["7", "a:1", "--streams", "0"]).is_err());
+    }
+}

@@ -1,0 +1,267 @@
+//! The target on its way into this host: what is made for it, and how each of that is undone.
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use haulier_criu::restore::{self, RestoreOptions};
+use haulier_criu::skeleton::Skeleton;
+use haulier_memory::lazy::{FillStats, LazyError, LazyMap, LazyPages, LazyPagesHandle, LazyTask};
+use haulier_memory::page::PageRange;
+use haulier_memory::store::PageStore;
+use haulier_proto::id::MigrationId;
+use haulier_sys::wait::Wait;
+use haulier_targets::cgroup::Cgroup;
+use haulier_targets::network::{
+    self, Announcement, Announcer, ArmedLock, EngagedLock, LockScope, MoveIp,
+};
+use tracing::{debug, warn};
+
+use crate::destination::Shared;
+use crate::directories::ImageDirectory;
+use crate::timeline::Stopwatch;
+
+/// How long the way back may take, step by step.
+const UNDO_TIME: Duration = Duration::from_secs(30);
+
+type AnyError = Box<dyn Error + Send + Sync>;
+
+/// What this host has made for a target that does not run yet.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    id: MigrationId,
+    directory: ImageDirectory,
+    home: Cgroup,
+    addresses: Vec<MoveIp>,
+    armed: Option<ArmedLock>,
+    engaged: Option<EngagedLock>,
+    added: Vec<MoveIp>,
+    announcements: Vec<Announcement>,
+    lazy: Option<LazyPagesHandle>,
+    root: i32,
+    over: bool,
+}
+
+impl Hold {
+    /// Makes room: a directory, a cgroup, a lock that is ready. Nothing is seen of it from outside.
+    pub(crate) fn prepare(
+        shared: &Shared,
+        id: MigrationId,
+        addresses: Vec<MoveIp>,
+    ) -> Result<Hold, AnyError> {
+        let directory = ImageDirectory::create(id, "restore")?;
+        let armed = match addresses.is_empty() {
+            true => None,
+            false => Some(ArmedLock::arm(&id.to_string())?),
+        };
+        let home = shared.cgroups.create_home(&id.to_string())?;
+        Ok(Hold {
+            id,
+            directory,
+            home,
+            addresses,
+            armed,
+            engaged: None,
+            added: Vec::new(),
+            announcements: Vec::new(),
+            lazy: None,
+            root: 0,
+            over: false,
+        })
+    }
+
+    /// The directory of the images.
+    pub(crate) fn directory(&self) -> &ImageDirectory {
+        &self.directory
+    }
+
+    /// Root task of the restored tree.
+    pub(crate) fn root(&self) -> i32 {
+        self.root
+    }
+
+    /// Restores the tree and leaves it, complete, in its frozen cgroup.
+    pub(crate) fn restore(
+        &mut self,
+        shared: &Shared,
+        shell_job: bool,
+        store: &Arc<PageStore>,
+        clock: &mut Stopwatch,
+        wait: &Wait,
+    ) -> Result<(), AnyError> {
+        let criu = shared.criu.as_ref().map_err(|reason| reason.clone())?;
+        let skeleton = Skeleton::read(self.directory.path())?;
+        let listener = LazyPages::listen(self.directory.path())?;
+        self.lazy = Some(listener.start(lazy_map(&skeleton), Arc::clone(store))?);
+        self.take_addresses()?;
+        clock.lap("addresses");
+
+        let options = RestoreOptions {
+            directory: self.directory.path().to_owned(),
+            shell_job,
+        };
+        let starting = restore::start(criu, &options)?;
+        // Before it forks the first task: all of them are born there, and none can be missed.
+        self.home.add(starting.criu_pid())?;
+        let parked = starting.restore(&options, wait)?;
+        self.root = parked.root();
+        clock.lap("restore");
+
+        // Every mapping is registered from here on, so the pages can be put in place while CRIU
+        // goes on.
+        if let Some(lazy) = &mut self.lazy {
+            lazy.fill()?;
+        }
+        // From here on a CRIU that dies, or is let go of, lets the tasks run, which nobody has
+        // decided yet: whatever fails before they are frozen kills them first.
+        let kill = || {
+            let _ = self.home.kill(&Wait::uncancellable(UNDO_TIME));
+        };
+        let at_resume = parked.proceed(wait).inspect_err(|_| kill())?;
+        let freeze = || {
+            self.home.parent().add(at_resume.criu_pid())?;
+            self.home.freeze(wait)
+        };
+        freeze().inspect_err(|_| kill())?;
+        at_resume.detach(wait)?;
+        clock.lap("sockets");
+
+        if let Some(lazy) = &self.lazy {
+            // Not inside of the macro, which evaluates nothing at the usual log level.
+            let stats = wait_filled(lazy, wait)?;
+            debug!(?stats, "memory is complete");
+        }
+        self.lazy = None;
+        clock.lap("memory");
+        Ok(())
+    }
+
+    /// Lets the target run: packets may pass, its neighbours learn where it is, and only then is
+    /// it thawed, since its first packet makes clients send at once.
+    pub(crate) fn thaw(&mut self) -> Result<(), AnyError> {
+        if let Some(lock) = &mut self.engaged {
+            lock.lift()?;
+        }
+        for announcement in &self.announcements {
+            // Neighbours find out by themselves in the end; the target must run.
+            if let Err(error) = announcement.send() {
+                warn!(%error, "announcing");
+            }
+        }
+        self.home.thaw()?;
+        self.over = true;
+        let lock = self.engaged.take();
+        let announcer = Announcer::start(std::mem::take(&mut self.announcements));
+        std::thread::spawn(move || {
+            // The kernel takes some milliseconds to free what the lock consisted of.
+            drop(lock);
+            match announcer {
+                Ok(announcer) => announcer.finish(),
+                Err(error) => warn!(%error, "repeating the announcement"),
+            }
+        });
+        Ok(())
+    }
+
+    /// Removes everything again. Goes on after a failure; returns what is left.
+    pub(crate) fn undo(&mut self) -> Vec<String> {
+        self.over = true;
+        let wait = Wait::uncancellable(UNDO_TIME);
+        let mut left = Vec::new();
+        let mut note = |what: &str, error: &dyn Error| left.push(format!("{what}: {error}"));
+        // The tasks first: without the daemon, what is missing of their memory reads as zero.
+        if let Err(error) = self.home.kill(&wait) {
+            note("restored tasks", &error);
+        }
+        if let Some(lazy) = self.lazy.take() {
+            lazy.stop();
+        }
+        let mut silent = true;
+        for address in self.added.drain(..) {
+            if let Err(error) = network::remove(&address) {
+                note("address, which stays locked", &error);
+                silent = false;
+            }
+        }
+        // Only an address that is gone may be talked to again: it is the source's.
+        match self.engaged.take() {
+            Some(lock) if !silent => lock.keep(),
+            Some(mut lock) => {
+                if let Err(error) = lock.lift() {
+                    note("network lock", &error);
+                }
+            }
+            None => {}
+        }
+        self.armed = None;
+        if let Err(error) = self.home.remove() {
+            note("cgroup", &error);
+        }
+        let _ = std::fs::remove_dir(self.home.parent().path());
+        left
+    }
+
+    /// Keeps CRIU's log of a restore that failed, and says where.
+    pub(crate) fn keep_log(&self) -> Option<PathBuf> {
+        self.directory.keep_log(self.id, restore::LOG)
+    }
+
+    /// Takes the addresses in silence: restored sockets need them, and nobody else may notice yet.
+    fn take_addresses(&mut self) -> Result<(), AnyError> {
+        let Some(armed) = self.armed.take() else {
+            return Ok(());
+        };
+        if self.addresses.is_empty() {
+            return Ok(());
+        }
+        self.engaged = Some(armed.engage(&LockScope::new(&self.addresses, &[]))?);
+        for address in &self.addresses {
+            if network::add(address)? {
+                self.added.push(address.clone());
+            }
+            self.announcements.push(Announcement::prepare(address)?);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if !self.over {
+            for left in self.undo() {
+                warn!("{left}");
+            }
+        }
+    }
+}
+
+/// Waits until memory is complete, looking now and then whether that is still wanted.
+fn wait_filled(lazy: &LazyPagesHandle, wait: &Wait) -> Result<FillStats, LazyError> {
+    const LOOK: Duration = Duration::from_millis(50);
+    loop {
+        match lazy.wait_filled(wait.at_most(LOOK).deadline()) {
+            Err(LazyError::Deadline { .. })
+                if !wait.remaining().is_zero() && !wait.is_cancelled() => {}
+            result => return result,
+        }
+    }
+}
+
+fn lazy_map(skeleton: &Skeleton) -> LazyMap {
+    let task = |task: &haulier_criu::skeleton::Task| LazyTask {
+        vpid: task.pid,
+        ranges: task
+            .lazy
+            .iter()
+            .map(|range| PageRange {
+                start: range.start,
+                pages: range.pages,
+            })
+            .collect(),
+        vmas: task.mappings.clone(),
+    };
+    LazyMap {
+        tasks: skeleton.tasks.iter().map(task).collect(),
+    }
+}

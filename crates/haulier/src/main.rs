@@ -1,0 +1,141 @@
+//! The haulier command.
+
+mod cli;
+
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use haulier::interrupt::cancel_on_signals;
+use haulier::report::Lines;
+use haulier::source::Outcome;
+use haulier::{destination, recovery, source};
+use haulier_targets::cgroup::CgroupFs;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::cli::{Cli, Command, Migrate, Place, Resolve, Serve};
+
+/// Exit codes of `haulier migrate`; 2 is bad usage, and clap's.
+const MOVED: u8 = 0;
+const NOT_STARTED: u8 = 1;
+const NOTHING_TOUCHED: u8 = 3;
+const ROLLED_BACK: u8 = 4;
+const NEEDS_YOU: u8 = 5;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let default = match (&cli.command, cli.verbose) {
+        // A server's log is its only output.
+        (Command::Serve(_), 0) => "haulier=info",
+        (_, 0) => "warn",
+        (_, 1) => "info",
+        _ => "debug",
+    };
+    log_to_stderr(default);
+    let result = match &cli.command {
+        Command::Migrate(arguments) => migrate(arguments),
+        Command::Serve(arguments) => serve(arguments).map(|()| MOVED),
+        Command::Resolve(arguments) => resolve(arguments).map(|()| MOVED),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("haulier: {error:#}");
+            ExitCode::from(NOT_STARTED)
+        }
+    }
+}
+
+/// The log goes to stderr, filtered by `RUST_LOG` (such as `haulier_memory=debug,info`) or the default.
+fn log_to_stderr(default: &str) {
+    let wanted = std::env::var("RUST_LOG").unwrap_or_default();
+    let text = if wanted.is_empty() { default } else { &wanted };
+    let filter: Targets = text.parse().unwrap_or_else(|error| {
+        eprintln!("haulier: RUST_LOG is ignored: {error}");
+        Targets::new().with_default(LevelFilter::WARN)
+    });
+    let lines = tracing_subscriber::fmt::layer()
+        // By itself it colours log files and the journal too.
+        .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
+        .with_writer(io::stderr);
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(filter)
+        .init();
+}
+
+fn migrate(arguments: &Migrate) -> anyhow::Result<u8> {
+    let stop = cancel_on_signals()?;
+    let options = arguments.options();
+    let mut progress = Lines::new(io::stderr());
+    let code = match source::migrate(&options, &stop, &mut progress) {
+        Outcome::Moved(report) => {
+            let mut out = io::stdout().lock();
+            if arguments.json {
+                writeln!(out, "{}", serde_json::to_string(&*report)?)?;
+            } else {
+                report.write(&mut out)?;
+            }
+            MOVED
+        }
+        Outcome::NothingTouched(failure) => {
+            eprintln!(
+                "haulier: nothing was touched, process {} runs here\n  {failure}",
+                options.pid
+            );
+            NOTHING_TOUCHED
+        }
+        Outcome::RolledBack { failure, left } => {
+            eprintln!(
+                "haulier: rolled back, process {} runs here\n  {failure}",
+                options.pid
+            );
+            for left in left {
+                eprintln!("  left behind: {left}");
+            }
+            ROLLED_BACK
+        }
+        Outcome::InDoubt { id, failure } => {
+            eprintln!(
+                "{}",
+                in_doubt(&id.to_string(), &options, &failure.to_string())
+            );
+            NEEDS_YOU
+        }
+    };
+    Ok(code)
+}
+
+/// What a person has to know and do when the destination fell silent after the commit.
+fn in_doubt(id: &str, options: &source::Options, failure: &str) -> String {
+    let pid = options.pid;
+    let destination = &options.destination;
+    format!(
+        "haulier: process {pid} stands frozen here, and may be running at {destination}\n  \
+         {failure}\n  \
+         what to do: find out whether it runs there: /var/lib/haulier/{id}/journal there says \
+         Committed.\n  \
+         If it does, remove it here: haulier resolve {id} there\n  \
+         If it surely does not and never will, let it run on here: haulier resolve {id} here"
+    )
+}
+
+fn resolve(arguments: &Resolve) -> anyhow::Result<()> {
+    recovery::resolve(arguments.id, arguments.place.into(), &CgroupFs::find()?)?;
+    match arguments.place {
+        Place::Here => println!("settled: it runs on here"),
+        Place::There => println!("settled: it is removed here and runs there"),
+    }
+    Ok(())
+}
+
+fn serve(arguments: &Serve) -> anyhow::Result<()> {
+    let stop = cancel_on_signals()?;
+    destination::serve(arguments.options(), &stop, |address| {
+        // For whoever started it and waits until it can be used.
+        println!("listening on {address}");
+        let _ = io::stdout().flush();
+    })
+}

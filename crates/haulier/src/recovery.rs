@@ -1,0 +1,259 @@
+//! Undoing, or finishing, what a killed haulier left on this host.
+//!
+//! Only what the journal alone decides: a target frozen here before its commit runs on; one held
+//! here that was not committed is removed; one that was committed runs. A source in doubt is left
+//! alone: only the other host knows, or a person, who says so with [`resolve`].
+
+use anyhow::Context;
+use haulier_engine::journal::{DestinationRecord, SourceRecord};
+use haulier_proto::id::MigrationId;
+use haulier_sys::wait::Wait;
+use haulier_targets::cgroup::{Cgroup, CgroupFs};
+use haulier_targets::network::{self, Announcement, MoveIp};
+use std::fs;
+use std::io;
+use std::time::{Duration, SystemTime};
+use tracing::{info, warn};
+
+use crate::directories::{remove_image_directories, state_directory};
+use crate::journal::{self, Contents, Decision, Holding, Journal, Side};
+
+/// How long tasks may take to die.
+const KILL_TIME: Duration = Duration::from_secs(30);
+/// How long a settled journal is kept, for a source that asks late.
+const KEEP_SETTLED: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// A person's word on a target that stands frozen on its source, in doubt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// The destination does not run it and never will: it runs on here.
+    Here,
+    /// The destination runs it: what stands here is removed.
+    There,
+}
+
+/// Settles a migration of which this host is the source, and whose destination fell silent after
+/// the commit.
+///
+/// # Errors
+/// If this host is not in doubt about that migration, or its journal fails.
+pub fn resolve(id: MigrationId, verdict: Verdict, cgroups: &CgroupFs) -> anyhow::Result<()> {
+    let name = state_directory(id).join("journal");
+    let taken = Journal::take_over(id, Side::Source)
+        .with_context(|| format!("reading {}", name.display()))?;
+    let Some((mut journal, contents)) = taken else {
+        anyhow::bail!(
+            "there is no {}, or a haulier works on that migration at this moment",
+            name.display()
+        );
+    };
+    let settled = contents.has_source(SourceRecord::Released)
+        || contents.has_source(SourceRecord::RolledBack);
+    if settled || !contents.has_source(SourceRecord::InDoubt) {
+        anyhow::bail!("this host is not in doubt about migration {id}; nothing was changed");
+    }
+    match verdict {
+        Verdict::Here => run_on(journal, &contents, cgroups)?,
+        Verdict::There => {
+            journal.source(SourceRecord::Released)?;
+            remove_moved(journal, &contents, cgroups)?;
+        }
+    }
+    Ok(())
+}
+
+/// Recovers every migration on this host that nobody works on. Goes on after a failure.
+pub fn recover_all(cgroups: &CgroupFs) {
+    for id in journal::all() {
+        for side in [Side::Source, Side::Destination] {
+            if let Err(error) = recover(id, side, cgroups) {
+                warn!(%id, %error, "recovering");
+            }
+        }
+    }
+    sweep_homes(cgroups);
+}
+
+/// Removes the cgroups of restored trees that have ended or moved away. One that a migration under
+/// way has just made is empty as well, and stays.
+pub fn sweep_homes(cgroups: &CgroupFs) {
+    let folder = cgroups.home_path("");
+    let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
+    for entry in entries {
+        let id = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok());
+        if !id.is_some_and(journal::is_under_way) {
+            // The kernel refuses to remove a cgroup that has tasks or children.
+            let _ = fs::remove_dir(entry.path());
+        }
+    }
+    let _ = fs::remove_dir(&folder);
+}
+
+fn recover(id: MigrationId, side: Side, cgroups: &CgroupFs) -> io::Result<()> {
+    let Some((journal, contents)) = Journal::take_over(id, side)? else {
+        return Ok(());
+    };
+    if !contents.is_of(side) {
+        return Ok(());
+    }
+    match side {
+        Side::Source => recover_source(journal, &contents, cgroups),
+        Side::Destination => recover_destination(journal, &contents, cgroups),
+    }
+}
+
+fn recover_source(journal: Journal, contents: &Contents, cgroups: &CgroupFs) -> io::Result<()> {
+    let id = journal.id();
+    if contents.has_source(SourceRecord::RolledBack) {
+        journal.remove();
+        return Ok(());
+    }
+    if contents.has_source(SourceRecord::Released) {
+        info!(%id, "removing what moved away");
+        remove_moved(journal, contents, cgroups)
+    } else if contents.has_source(SourceRecord::InDoubt) {
+        warn!(
+            "a target stands frozen here, in doubt, until somebody settles it: \
+             haulier resolve {id} here, or there"
+        );
+        Ok(())
+    } else {
+        info!(%id, "letting the target run on here");
+        run_on(journal, contents, cgroups)
+    }
+}
+
+/// Lets a frozen target of this host run on here.
+fn run_on(mut journal: Journal, contents: &Contents, cgroups: &CgroupFs) -> io::Result<()> {
+    let id = journal.id();
+    let groups = groups(contents, Side::Source, cgroups);
+    // While it is frozen: a program that finds its sockets in repair mode gets errors.
+    for pid in groups
+        .iter()
+        .flat_map(|group| group.pids().unwrap_or_default())
+    {
+        let _ = network::end_repair_of(pid);
+    }
+    lift(id);
+    for group in groups {
+        if let Err(error) = group.dissolve() {
+            warn!(%id, %error, "cgroup");
+        }
+    }
+    journal.source(SourceRecord::RolledBack)?;
+    remove_image_directories(id);
+    journal.remove();
+    Ok(())
+}
+
+/// Removes a frozen target that runs on the other host.
+fn remove_moved(journal: Journal, contents: &Contents, cgroups: &CgroupFs) -> io::Result<()> {
+    let id = journal.id();
+    for group in groups(contents, Side::Source, cgroups) {
+        remove_with_tasks(&group);
+    }
+    // Only an address that is gone may be talked to again: two hosts must not answer for it. Until
+    // then lock and journal stay, and the next recovery tries again.
+    for address in addresses(contents, Side::Source) {
+        network::remove(&address).map_err(io::Error::other)?;
+    }
+    lift(id);
+    remove_image_directories(id);
+    journal.remove();
+    Ok(())
+}
+
+fn recover_destination(
+    mut journal: Journal,
+    contents: &Contents,
+    cgroups: &CgroupFs,
+) -> io::Result<()> {
+    let id = journal.id();
+    let settled = contents.has_destination(DestinationRecord::Done)
+        || contents.has_destination(DestinationRecord::Refused);
+    if settled {
+        if age_of(id) > KEEP_SETTLED {
+            journal.remove();
+        }
+        return Ok(());
+    }
+    let groups = groups(contents, Side::Destination, cgroups);
+    let addresses = addresses(contents, Side::Destination);
+    if contents.decision() == Decision::Committed {
+        info!(%id, "the target is this host's: letting it run");
+        lift(id);
+        for address in &addresses {
+            if let Err(error) = Announcement::prepare(address).and_then(|a| a.send()) {
+                warn!(%id, %error, "announcing");
+            }
+        }
+        for group in &groups {
+            group.thaw().map_err(io::Error::other)?;
+        }
+        journal.destination(DestinationRecord::Done)?;
+    } else {
+        info!(%id, "removing what was not committed");
+        // Whoever asks from here on is told so.
+        journal.destination(DestinationRecord::Refused)?;
+        for group in &groups {
+            remove_with_tasks(group);
+        }
+        for address in &addresses {
+            if let Err(error) = network::remove(address) {
+                warn!(%id, %error, "address");
+            }
+        }
+        lift(id);
+    }
+    remove_image_directories(id);
+    Ok(())
+}
+
+fn groups(contents: &Contents, side: Side, cgroups: &CgroupFs) -> Vec<Cgroup> {
+    let paths = contents
+        .holdings(side)
+        .into_iter()
+        .filter_map(|holding| match holding {
+            Holding::Cgroup(path) => Some(path),
+            Holding::Address(_) => None,
+        });
+    paths
+        .filter(|path| path.exists())
+        .map(|path| cgroups.at(path))
+        .collect()
+}
+
+fn addresses(contents: &Contents, side: Side) -> Vec<MoveIp> {
+    let texts = contents
+        .holdings(side)
+        .into_iter()
+        .filter_map(|holding| match holding {
+            Holding::Address(text) => Some(text),
+            Holding::Cgroup(_) => None,
+        });
+    texts.filter_map(|text| text.parse().ok()).collect()
+}
+
+fn remove_with_tasks(group: &Cgroup) {
+    let killed = group.kill(&Wait::uncancellable(KILL_TIME));
+    if let Err(error) = killed.and_then(|()| group.remove()) {
+        warn!(%error, "cgroup");
+    }
+}
+
+fn lift(id: MigrationId) {
+    if let Err(error) = network::lift_by_id(&id.to_string()) {
+        warn!(%id, %error, "network lock");
+    }
+}
+
+fn age_of(id: MigrationId) -> Duration {
+    let modified = fs::metadata(state_directory(id).join("journal")).and_then(|m| m.modified());
+    let now = SystemTime::now();
+    modified.map_or(Duration::ZERO, |then| {
+        now.duration_since(then).unwrap_or_default()
+    })
+}

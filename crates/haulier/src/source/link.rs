@@ -1,0 +1,104 @@
+//! The source's connections to the destination.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Duration;
+
+use haulier_proto::id::{MigrationId, Secret};
+use haulier_proto::message::{Role, control};
+use haulier_transport::channel::Channel;
+use haulier_transport::error::TransportError;
+use haulier_transport::greeting::{self, Agreed, Identity, Purpose};
+use haulier_transport::tcp;
+use haulier_transport::wait::{Cancel, Wait};
+
+use crate::commands::{self, Incoming};
+
+/// Who connects, and where to.
+#[derive(Debug, Clone)]
+pub(crate) struct Dialer {
+    pub(crate) address: String,
+    pub(crate) me: Identity,
+    pub(crate) migration: MigrationId,
+    pub(crate) secret: Secret,
+}
+
+/// The command connection: messages are taken in by a thread, so that a failure over there, or the
+/// loss of the link, ends whatever this side is waiting for.
+#[derive(Debug)]
+pub(crate) struct Link {
+    channel: Channel,
+    incoming: Receiver<Incoming>,
+    pub(crate) agreed: Agreed,
+}
+
+impl Dialer {
+    /// Opens a connection of the given role.
+    pub(crate) fn open(
+        &self,
+        role: Role,
+        index: u32,
+        wait: &Wait,
+    ) -> Result<(Channel, Agreed), TransportError> {
+        let mut channel = tcp::connect(&self.address, wait)?;
+        let purpose = Purpose {
+            migration: self.migration,
+            secret: self.secret.clone(),
+            role,
+            index,
+        };
+        let agreed = greeting::introduce(&mut channel, &self.me, &purpose, wait)?;
+        Ok((channel, agreed))
+    }
+
+    /// Opens the command connection. A message of failure, or its end, cancels `stop`.
+    pub(crate) fn command(
+        &self,
+        stop: Option<&Cancel>,
+        wait: &Wait,
+    ) -> Result<Link, TransportError> {
+        let (channel, agreed) = self.open(Role::Command, 0, wait)?;
+        let reader = channel
+            .try_clone()
+            .map_err(|source| TransportError::Broken {
+                peer: self.address.clone(),
+                doing: "setting it up",
+                source,
+            })?;
+        let incoming = commands::listen(reader, stop.cloned());
+        Ok(Link {
+            channel,
+            incoming,
+            agreed,
+        })
+    }
+}
+
+impl Link {
+    /// Sends a message.
+    pub(crate) fn send(&mut self, body: control::Body, wait: &Wait) -> Result<(), TransportError> {
+        self.channel.send_control(body, wait)
+    }
+
+    /// The next message or the end of the connection; `None` when the time is over.
+    pub(crate) fn receive(&self, time: Duration) -> Option<Incoming> {
+        match self.incoming.recv_timeout(time) {
+            Ok(incoming) => Some(incoming),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => Some(Incoming::Lost(TransportError::Closed {
+                peer: self.channel.peer().to_owned(),
+                doing: "waiting for its next message",
+            })),
+        }
+    }
+
+    /// The connection.
+    pub(crate) fn channel(&self) -> &Channel {
+        &self.channel
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.channel.shutdown();
+    }
+}

@@ -1,0 +1,544 @@
+//! The source of a migration: `haulier migrate`.
+
+mod link;
+mod pages;
+mod plan;
+mod ready;
+mod target;
+
+use std::time::{Duration, Instant};
+
+use haulier_criu::skeleton::Skeleton;
+use haulier_engine::phase::Phase;
+use haulier_engine::source::{Action, Event, Source};
+use haulier_proto::id::MigrationId;
+use haulier_proto::message::{Begin, Commit, Offer, control};
+use haulier_targets::network::LockScope;
+use haulier_transport::wait::{Cancel, Wait};
+use tracing::{debug, info, warn};
+
+pub use self::plan::Options;
+
+use self::link::{Dialer, Link};
+use self::pages::Streams;
+use self::plan::Plan;
+use self::ready::{Ready, interrupted};
+use self::target::Target;
+use crate::commands::Incoming;
+use crate::directories::state_directory;
+use crate::failure::Failure;
+use crate::journal::{Holding, Journal};
+use crate::report::{Progress, Report};
+use crate::timeline::Timeline;
+
+/// How long the way back may take, step by step: it is not cancelled.
+const UNDO_TIME: Duration = Duration::from_secs(30);
+/// How long one attempt to reach the destination again may take.
+const RECONNECT_TIME: Duration = Duration::from_secs(5);
+/// Pause between such attempts.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(500);
+
+/// How a migration ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The target runs on the destination.
+    Moved(Box<Report>),
+    /// The target was never touched; it runs here.
+    NothingTouched(Failure),
+    /// The target was frozen, and runs here again.
+    RolledBack {
+        /// What failed.
+        failure: Failure,
+        /// What could not be undone, if anything.
+        left: Vec<String>,
+    },
+    /// The target stands frozen here; whether it runs on the destination is not known.
+    InDoubt {
+        /// The migration.
+        id: MigrationId,
+        /// What is known.
+        failure: Failure,
+    },
+}
+
+/// Moves a process tree. `stop` cancels it at any moment before the commit.
+pub fn migrate(options: &Options, stop: &Cancel, progress: &mut dyn Progress) -> Outcome {
+    let mut timeline = Timeline::new();
+    let ready = match Ready::make(options, stop, progress, &mut timeline) {
+        Ok(ready) => ready,
+        Err(failure) => return Outcome::NothingTouched(failure),
+    };
+    Migration::new(ready, options, stop, progress, timeline).run()
+}
+
+/// A migration that touches its target.
+struct Migration<'a> {
+    plan: Plan,
+    dialer: Dialer,
+    link: Option<Link>,
+    peer: String,
+    journal: Option<Journal>,
+    options: &'a Options,
+    stop: &'a Cancel,
+    progress: &'a mut dyn Progress,
+    timeline: Timeline,
+    machine: Source,
+    target: Option<Target>,
+    streams: Option<Streams>,
+    report: Report,
+}
+
+/// A step that did not succeed. What it means depends on the state of the hand-over.
+enum Setback {
+    /// Something of this side, or the user.
+    Here(Failure),
+    /// The destination refused.
+    There(Failure),
+    /// The connection broke.
+    Link(Failure),
+}
+
+impl<'a> Migration<'a> {
+    fn new(
+        ready: Ready,
+        options: &'a Options,
+        stop: &'a Cancel,
+        progress: &'a mut dyn Progress,
+        timeline: Timeline,
+    ) -> Migration<'a> {
+        let report = Report::new(&ready.plan.tree, &ready.plan.host.name, &ready.peer);
+        Migration {
+            plan: ready.plan,
+            dialer: ready.dialer,
+            link: Some(ready.link),
+            peer: ready.peer,
+            journal: Some(ready.journal),
+            options,
+            stop,
+            progress,
+            timeline,
+            machine: Source::new(),
+            target: None,
+            streams: None,
+            report,
+        }
+    }
+
+    fn run(mut self) -> Outcome {
+        match self.hand_over() {
+            Ok(()) => self.settle(),
+            Err(setback) => self.undo(setback),
+        }
+    }
+
+    /// The migration up to the commit, a line per phase.
+    fn hand_over(&mut self) -> Result<(), Setback> {
+        self.prepare()?;
+        self.on(Event::Begin)?;
+        let skeleton = self.dump()?;
+        self.send(&skeleton)?;
+        self.on(Event::AllSent)?;
+        self.await_held()?;
+        self.timeline.enter(Phase::Commit);
+        self.on(Event::Held)
+    }
+
+    fn prepare(&mut self) -> Result<(), Setback> {
+        self.timeline.enter(Phase::Prepare);
+        let Some(journal) = &mut self.journal else {
+            unreachable!("prepared without a journal")
+        };
+        for address in &self.options.move_addresses {
+            let held = journal.hold(&Holding::Address(address.to_string()));
+            if let Err(error) = held {
+                return Err(self.setback(&error));
+            }
+        }
+        let target = Target::prepare(&self.plan, journal);
+        self.target = Some(target.map_err(|e| self.setback(&*e))?);
+        let begin = Begin {
+            memory_streams: self.options.streams,
+        };
+        self.tell(control::Body::Begin(begin))?;
+        match self.answer("prepared")? {
+            control::Body::Prepared(_) => {}
+            other => return Err(self.unexpected(&other, "prepared")),
+        }
+        let streams = Streams::open(&self.dialer, self.options.streams, &self.step());
+        self.streams = Some(streams.map_err(|e| self.setback(&e))?);
+        Ok(())
+    }
+
+    fn dump(&mut self) -> Result<Skeleton, Setback> {
+        self.timeline.enter(Phase::Dump);
+        let wait = self.step();
+        let Some(target) = &mut self.target else {
+            unreachable!("dumped before prepared")
+        };
+        let result = target.capture(&self.plan, &wait);
+        let skeleton = result.map_err(|e| self.setback(&*e))?;
+        self.report.processes = skeleton.tasks.len();
+        self.report.threads = skeleton.tasks.iter().map(|task| task.threads.len()).sum();
+        Ok(skeleton)
+    }
+
+    /// Sends skeleton and pages at the same time, so that the restore can begin.
+    fn send(&mut self, skeleton: &Skeleton) -> Result<(), Setback> {
+        self.timeline.enter(Phase::Send);
+        let wait = self.step();
+        let (Some(target), Some(streams)) = (&self.target, self.streams.take()) else {
+            unreachable!("sent before prepared");
+        };
+        let sent = streams.send(target.directory().path(), skeleton, &wait);
+        self.report.sent = sent.map_err(|e| self.setback(&*e))?;
+        Ok(())
+    }
+
+    fn await_held(&mut self) -> Result<(), Setback> {
+        self.timeline.enter(Phase::Restore);
+        match self.answer("held")? {
+            control::Body::Held(held) => {
+                self.report.there(&held.phases);
+                Ok(())
+            }
+            other => Err(self.unexpected(&other, "held")),
+        }
+    }
+
+    /// From the commit on: only the destination's answer leads on, over whatever connection.
+    fn settle(mut self) -> Outcome {
+        let deadline = Instant::now() + self.options.doubt_time;
+        let mut reason = None;
+        loop {
+            let heard = self
+                .link
+                .as_ref()
+                .map(|link| link.receive(Duration::from_millis(100)));
+            let event = match heard {
+                Some(Some(Incoming::Message(control::Body::Resumed(resumed)))) => {
+                    self.report.pid = resumed.pid;
+                    self.report.there(&resumed.phases);
+                    Some(Event::Resumed)
+                }
+                Some(Some(Incoming::Message(control::Body::Failed(failure)))) => {
+                    reason = Some(Failure::from(failure));
+                    Some(Event::Refused)
+                }
+                Some(Some(Incoming::Message(other))) => {
+                    debug!(message = other.name(), "ignored while in doubt");
+                    None
+                }
+                Some(Some(Incoming::Lost(error))) => {
+                    reason = Some(Failure::from_error(
+                        &self.plan.host.name,
+                        Phase::Commit,
+                        &error,
+                    ));
+                    self.link = None;
+                    Some(Event::Disconnected)
+                }
+                Some(None) => None,
+                // An attempt to reconnect failed.
+                None => Some(Event::Disconnected),
+            };
+            if let Some(event) = event {
+                // Nothing here may end the migration but the answer: errors are only noted.
+                let result = self.on(event);
+                if self.machine.is_final() {
+                    return self.finish(reason);
+                }
+                if let Err(
+                    Setback::Here(failure) | Setback::There(failure) | Setback::Link(failure),
+                ) = result
+                {
+                    reason = Some(failure);
+                }
+            }
+            if Instant::now() > deadline {
+                return self.give_up_asking(reason);
+            }
+        }
+    }
+
+    /// Moved, or refused after the commit was sent.
+    fn finish(mut self, reason: Option<Failure>) -> Outcome {
+        self.timeline.finish();
+        self.link = None;
+        // What could not be removed now, the next haulier on this host tries again by the journal.
+        if let Some(journal) = self.journal.take().filter(|_| self.report.left.is_empty()) {
+            journal.remove();
+        }
+        if matches!(self.machine, Source::RolledBack(_)) {
+            let host = &self.plan.host.name;
+            let failure = reason
+                .unwrap_or_else(|| Failure::new(host, Phase::Commit, "the destination refused"));
+            return Outcome::RolledBack {
+                failure,
+                left: self.report.left,
+            };
+        }
+        self.report.close(&self.timeline);
+        Outcome::Moved(Box::new(self.report))
+    }
+
+    fn give_up_asking(mut self, reason: Option<Failure>) -> Outcome {
+        if let Some(target) = self.target.take() {
+            target.keep();
+        }
+        let host = &self.plan.host.name;
+        let failure = reason.unwrap_or_else(|| {
+            Failure::new(
+                host,
+                Phase::Commit,
+                "the destination did not answer the commit",
+            )
+        });
+        Outcome::InDoubt {
+            id: self.dialer.migration,
+            failure,
+        }
+    }
+
+    /// The one place that undoes, for every failure before the commit.
+    fn undo(mut self, setback: Setback) -> Outcome {
+        let (event, failure) = match setback {
+            Setback::Here(failure) => (Event::Failed, failure),
+            Setback::There(failure) => (Event::Refused, failure),
+            Setback::Link(failure) => (Event::Disconnected, failure),
+        };
+        if matches!(self.machine, Source::InDoubt(_)) {
+            // The commit was about to be sent when this failed; it may have arrived.
+            warn!(%failure, "after the commit");
+            return self.settle();
+        }
+        let touched = !matches!(self.machine, Source::Running(_));
+        let failure = self.with_log(failure);
+        self.report.failure = Some(failure.clone());
+        // Errors of the way back are in the report.
+        let _ = self.on(event);
+        // Confined, but not yet frozen: a way back as well, though nobody has noticed anything.
+        let mut left = std::mem::take(&mut self.report.left);
+        if let Some(mut target) = self.target.take() {
+            left.extend(target.let_go(&Wait::uncancellable(UNDO_TIME)));
+        }
+        if let Some(journal) = self.journal.take() {
+            journal.remove();
+        }
+        if touched || !left.is_empty() {
+            Outcome::RolledBack { failure, left }
+        } else {
+            Outcome::NothingTouched(failure)
+        }
+    }
+
+    /// Feeds an event to the hand-over and performs what follows.
+    fn on(&mut self, event: Event) -> Result<(), Setback> {
+        let (next, actions) = self.machine.on(event);
+        debug!(?event, from = ?self.machine, to = ?next, "hand-over");
+        let before = std::mem::replace(&mut self.machine, next);
+        let mut result = Ok(());
+        for action in actions {
+            let done = self.perform(action);
+            if done.is_err() && matches!(action, Action::Record(_)) && !self.machine.is_final() {
+                // What is not on disk has not happened, and nothing that follows it either.
+                self.machine = before;
+                return done;
+            }
+            if result.is_ok() {
+                result = done;
+            }
+            if result.is_err() && !self.machine.is_final() {
+                return result;
+            }
+        }
+        result
+    }
+
+    fn perform(&mut self, action: Action) -> Result<(), Setback> {
+        match action {
+            Action::Record(record) => {
+                let Some(journal) = &mut self.journal else {
+                    return Ok(());
+                };
+                journal.source(record).map_err(|e| self.setback(&e))
+            }
+            Action::Freeze => self.freeze(),
+            Action::SendOffer => {
+                let sent = &self.report.sent;
+                let offer = Offer {
+                    pages: sent.pages,
+                    images: sent.images,
+                };
+                self.tell(control::Body::Offer(offer))
+            }
+            Action::SendCommit => {
+                // Not to be cut in the middle by Ctrl-C: it would come too late anyhow.
+                let wait = Wait::uncancellable(self.options.step_time);
+                let Some(link) = &mut self.link else {
+                    return Ok(());
+                };
+                let result = link.send(control::Body::Commit(Commit {}), &wait);
+                result.map_err(|e| self.setback(&e))
+            }
+            Action::SendAbort => {
+                let failure = self
+                    .report
+                    .failure
+                    .as_ref()
+                    .map(Into::into)
+                    .unwrap_or_default();
+                let wait = Wait::uncancellable(Duration::from_secs(2));
+                if let Some(link) = &mut self.link {
+                    // If it does not arrive, the end of the connection says the same.
+                    let _ = link.send(control::Body::Failed(failure), &wait);
+                }
+                Ok(())
+            }
+            Action::Thaw => {
+                if let Some(mut target) = self.target.take() {
+                    let left = target.let_go(&Wait::uncancellable(UNDO_TIME));
+                    self.report.left.extend(left);
+                }
+                Ok(())
+            }
+            Action::Kill => {
+                self.timeline.enter(Phase::Release);
+                if let Some(mut target) = self.target.take() {
+                    let wait = Wait::uncancellable(UNDO_TIME);
+                    let left = target.kill(&self.plan, &self.options.move_addresses, &wait);
+                    self.report.left.extend(left);
+                }
+                Ok(())
+            }
+            Action::Reconnect => self.reconnect(),
+        }
+    }
+
+    fn freeze(&mut self) -> Result<(), Setback> {
+        self.timeline.enter(Phase::Freeze);
+        let wait = self.step();
+        let scope = LockScope::new(&self.options.move_addresses, &self.plan.connections);
+        let Some(target) = &mut self.target else {
+            unreachable!("frozen before prepared")
+        };
+        let result = target.freeze(&self.plan, &scope, &wait);
+        result.map_err(|e| self.setback(&*e))
+    }
+
+    fn reconnect(&mut self) -> Result<(), Setback> {
+        self.progress.in_doubt(&self.peer);
+        std::thread::sleep(RECONNECT_PAUSE);
+        match self
+            .dialer
+            .command(None, &Wait::uncancellable(RECONNECT_TIME))
+        {
+            Ok(link) => {
+                info!("reconnected");
+                self.link = Some(link);
+                self.on(Event::Reconnected)
+            }
+            Err(error) => {
+                let host = &self.plan.host.name;
+                Err(Setback::Link(Failure::from_error(
+                    host,
+                    Phase::Commit,
+                    &error,
+                )))
+            }
+        }
+    }
+
+    fn step(&self) -> Wait {
+        self.stop.wait(self.options.step_time)
+    }
+
+    fn tell(&mut self, body: control::Body) -> Result<(), Setback> {
+        let wait = self.step();
+        let Some(link) = &mut self.link else {
+            return Ok(());
+        };
+        let result = link.send(body, &wait);
+        result.map_err(|e| self.setback(&e))
+    }
+
+    /// The destination's next message, whatever it is but a failure.
+    fn answer(&mut self, due: &'static str) -> Result<control::Body, Setback> {
+        let phase = self.timeline.phase();
+        let host = self.plan.host.name.clone();
+        let deadline = Instant::now() + self.options.step_time;
+        let Some(link) = &self.link else {
+            unreachable!("asked without a link")
+        };
+        loop {
+            match link.receive(Duration::from_millis(50)) {
+                Some(Incoming::Message(control::Body::Failed(failure))) => {
+                    return Err(Setback::There(failure.into()));
+                }
+                Some(Incoming::Message(body)) => return Ok(body),
+                Some(Incoming::Lost(error)) => {
+                    return Err(Setback::Link(Failure::from_error(&host, phase, &error)));
+                }
+                None if self.stop.is_cancelled() => {
+                    return Err(Setback::Here(interrupted(&host, phase)));
+                }
+                None if Instant::now() > deadline => {
+                    let what = format!("the destination was not {due} in time");
+                    let failure = Failure::new(&host, phase, what);
+                    return Err(Setback::Here(failure.remedy("allow more with --step-time")));
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Why a step of this side failed: if it was stopped because the destination failed or the
+    /// link broke, that is the reason; if by the user, that; else its own error.
+    fn setback(&self, error: &(dyn std::error::Error + 'static)) -> Setback {
+        let phase = self.timeline.phase();
+        let host = &self.plan.host.name;
+        let incoming = self.link.as_ref().and_then(|link| {
+            // A step that failed on a broken connection was told so before the command
+            // connection's own end came in.
+            let patience = if self.stop.is_cancelled() { 0 } else { 200 };
+            link.receive(Duration::from_millis(patience))
+        });
+        match incoming {
+            Some(Incoming::Message(control::Body::Failed(failure))) => {
+                Setback::There(failure.into())
+            }
+            Some(Incoming::Lost(lost)) => Setback::Link(Failure::from_error(host, phase, &lost)),
+            _ if self.stop.is_cancelled() => Setback::Here(interrupted(host, phase)),
+            _ => Setback::Here(Failure::from_error(host, phase, error)),
+        }
+    }
+
+    fn unexpected(&self, got: &control::Body, due: &str) -> Setback {
+        let what = format!("the destination sent {} where {due} was due", got.name());
+        Setback::Here(Failure::new(
+            &self.plan.host.name,
+            self.timeline.phase(),
+            what,
+        ))
+    }
+
+    /// Keeps CRIU's log of a dump that failed here and says where.
+    fn with_log(&self, mut failure: Failure) -> Failure {
+        let dumping = matches!(self.timeline.phase(), Phase::Freeze | Phase::Dump);
+        if let Some(target) = self.target.as_ref().filter(|_| dumping) {
+            let id = self.dialer.migration;
+            if target
+                .directory()
+                .keep_log(id, haulier_criu::dump::LOG)
+                .is_some()
+            {
+                let kept = state_directory(id).join(haulier_criu::dump::LOG);
+                let note = format!("CRIU's log is {}", kept.display());
+                failure.remedy = Some(match failure.remedy {
+                    Some(remedy) => format!("{remedy}; {note}"),
+                    None => note,
+                });
+            }
+        }
+        failure
+    }
+}

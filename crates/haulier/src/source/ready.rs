@@ -1,0 +1,168 @@
+//! What comes before the target is touched: looking, connecting, asking.
+
+use std::time::{Duration, Instant};
+
+use haulier_engine::phase::Phase;
+use haulier_proto::id::{MigrationId, Secret};
+use haulier_proto::message::{Findings, control};
+use haulier_targets::cgroup::CgroupFs;
+use haulier_transport::error::TransportError;
+use haulier_transport::greeting::Identity;
+use haulier_transport::tcp;
+use haulier_transport::wait::Cancel;
+
+use super::link::{Dialer, Link};
+use super::plan::{Options, Plan};
+use crate::SOFTWARE;
+use crate::commands::Incoming;
+use crate::failure::Failure;
+use crate::journal::{Journal, Side};
+use crate::random;
+use crate::recovery;
+use crate::report::Progress;
+use crate::timeline::Timeline;
+
+/// Everything that can be known and made before the target is touched.
+pub(super) struct Ready {
+    pub(super) plan: Plan,
+    pub(super) dialer: Dialer,
+    pub(super) link: Link,
+    pub(super) peer: String,
+    pub(super) journal: Journal,
+}
+
+impl Ready {
+    pub(super) fn make(
+        options: &Options,
+        stop: &Cancel,
+        progress: &mut dyn Progress,
+        timeline: &mut Timeline,
+    ) -> Result<Ready, Failure> {
+        timeline.enter(Phase::Examine);
+        // A target that a killed haulier left frozen runs on first, and can move then. That there
+        // are no cgroups is the examination's to say.
+        if let Ok(cgroups) = CgroupFs::find() {
+            recovery::recover_all(&cgroups);
+        }
+        let plan = Plan::examine(options)?;
+        progress.examined(
+            &plan.tree,
+            plan.memory_bytes,
+            &plan.criu,
+            &options.destination,
+        );
+
+        timeline.enter(Phase::Connect);
+        let host = plan.host.name.clone();
+        let id = MigrationId::from_random(random::bytes());
+        let dialer = Dialer {
+            address: options.destination.clone(),
+            me: Identity {
+                software: SOFTWARE.to_owned(),
+                host: host.clone(),
+            },
+            migration: id,
+            secret: Secret::from_random(random::bytes()),
+        };
+        let wait = stop.wait(options.step_time);
+        let mut link = dialer
+            .command(Some(stop), &wait)
+            .map_err(|e| Failure::from_error(&host, Phase::Connect, &e))?;
+        refuse_moving_own_link(&host, &link, options)?;
+        let peer = link.agreed.host.clone();
+
+        timeline.enter(Phase::Check);
+        let wait = stop.wait(options.step_time);
+        let sent = link.send(control::Body::Check(plan.requirements(options)?), &wait);
+        match sent {
+            // By the user, or by what the destination said or by its end: that is heard below.
+            Err(TransportError::Cancelled { .. }) => {}
+            sent => sent.map_err(|e| Failure::from_error(&host, Phase::Check, &e))?,
+        }
+        let found = findings(&link, &host, stop, options)?;
+        if !found.problems.is_empty() {
+            return Err(unfit(&peer, &found));
+        }
+        progress.checked(&peer, &found);
+        let journal = Journal::begin(id, Side::Source).map_err(|e| {
+            Failure::from_error(&host, Phase::Check, &e).remedy("make /var/lib/haulier writable")
+        })?;
+        Ok(Ready {
+            plan,
+            dialer,
+            link,
+            peer,
+            journal,
+        })
+    }
+}
+
+/// The connection to the destination must not run over an address that is about to be locked.
+fn refuse_moving_own_link(host: &str, link: &Link, options: &Options) -> Result<(), Failure> {
+    let ends = [
+        tcp::local_address(link.channel()),
+        tcp::peer_address(link.channel()),
+    ];
+    for end in ends.into_iter().flatten() {
+        if let Some(moved) = options
+            .move_addresses
+            .iter()
+            .find(|moved| moved.ip() == end.ip())
+        {
+            let what = format!("the connection to the destination itself runs over {moved}");
+            return Err(Failure::new(host, Phase::Connect, what).remedy(
+                "name the destination by an address that is reached from another one of this host",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn findings(
+    link: &Link,
+    host: &str,
+    stop: &Cancel,
+    options: &Options,
+) -> Result<Findings, Failure> {
+    let deadline = Instant::now() + options.step_time;
+    loop {
+        match link.receive(Duration::from_millis(100)) {
+            Some(Incoming::Message(control::Body::Findings(findings))) => return Ok(findings),
+            Some(Incoming::Message(control::Body::Failed(failure))) => return Err(failure.into()),
+            Some(Incoming::Message(other)) => {
+                let what = format!("the destination sent {} instead of findings", other.name());
+                return Err(Failure::new(host, Phase::Check, what));
+            }
+            Some(Incoming::Lost(error)) => {
+                return Err(Failure::from_error(host, Phase::Check, &error));
+            }
+            None if stop.is_cancelled() => return Err(interrupted(host, Phase::Check)),
+            None if Instant::now() > deadline => {
+                let what = "the destination did not finish its checks in time";
+                return Err(
+                    Failure::new(host, Phase::Check, what).remedy("allow more with --step-time")
+                );
+            }
+            None => {}
+        }
+    }
+}
+
+fn unfit(peer: &str, found: &Findings) -> Failure {
+    let what: Vec<&str> = found
+        .problems
+        .iter()
+        .map(|problem| problem.what.as_str())
+        .collect();
+    let mut remedies: Vec<&str> = found
+        .problems
+        .iter()
+        .map(|problem| problem.remedy.as_str())
+        .collect();
+    remedies.dedup();
+    Failure::new(peer, Phase::Check, what.join("\n    ")).remedy(remedies.join("\n    "))
+}
+
+pub(super) fn interrupted(host: &str, phase: Phase) -> Failure {
+    Failure::new(host, phase, "it was interrupted")
+}

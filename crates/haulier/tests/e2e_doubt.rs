@@ -1,0 +1,493 @@
+//! The hand-over around the commit: lost answers, liars, silence, and what a killed haulier leaves.
+//!
+//! One side is the real program, the other one is played by the test, which decides what is said.
+
+mod script;
+mod stage;
+
+use std::net::SocketAddr;
+
+use haulier_lab::workloads::{RedisClient, fill_redis, start_redis};
+use haulier_lab::{Captured, Process, Signal};
+use haulier_proto::frame::{HEADER_BYTES, Kind, MAGIC};
+use haulier_proto::message::{Commit, ImagesDone, Role, RoundEnd, control};
+use haulier_transport::channel::Channel;
+use haulier_transport::error::TransportError;
+use script::{
+    Destination, Incoming, Source, failed, goes_on, journals, locks, long, resumed, stands_still,
+};
+use stage::{LONG, MOVING_V4, Stage, eventually, start};
+
+const HAULIER: &str = env!("CARGO_BIN_EXE_haulier");
+const MOVED: i32 = 0;
+const NOTHING_TOUCHED: i32 = 3;
+const ROLLED_BACK: i32 = 4;
+const NEEDS_YOU: i32 = 5;
+const MOVE: [&str; 2] = ["--move-ip", "10.77.0.100/24@eth0"];
+
+/// A process on host 1 that does nothing but make progress, and a scripted destination on host 2.
+struct Scene {
+    stage: Stage,
+    counter: Process,
+    destination: Destination,
+}
+
+impl Scene {
+    fn set() -> Scene {
+        let stage = Stage::set(2, HAULIER);
+        let counter = start(stage.host(1), &["sh", "-c", "while :; do :; done"]);
+        let destination = Destination::open(&stage);
+        Scene {
+            stage,
+            counter,
+            destination,
+        }
+    }
+
+    fn migrate(&self, options: &[&str]) -> Captured {
+        let migration = self.stage.migration(1, self.counter.pid(), 2, options);
+        migration.spawn_captured().unwrap()
+    }
+
+    /// It runs on host 1, and nothing of the migration is left there.
+    #[track_caller]
+    fn assert_back(&self) {
+        goes_on(&self.stage, self.counter.pid());
+        self.stage.assert_clean(1, &[]);
+        assert_eq!(journals(&self.stage, 1), "");
+    }
+}
+
+#[track_caller]
+fn ended(migration: Captured, code: i32, words: &[&str]) -> String {
+    let output = migration.finish(LONG).unwrap();
+    let text = output.stderr;
+    assert_eq!(output.status.code(), Some(code), "{text}");
+    for word in words {
+        assert!(text.contains(word), "no {word:?} in: {text}");
+    }
+    text
+}
+
+#[test]
+fn an_answer_that_was_lost_is_given_again() {
+    let scene = Scene::set();
+    let migration = scene.migrate(&[]);
+    let incoming = scene.destination.until_committed();
+    stands_still(&scene.stage, scene.counter.pid());
+    let mut incoming = scene.destination.asked_again(incoming);
+    stands_still(&scene.stage, scene.counter.pid());
+    incoming.say(resumed());
+    ended(migration, MOVED, &["the connection to host2 broke"]);
+    assert!(!scene.stage.host(1).process_alive(scene.counter.pid()));
+    scene.stage.assert_clean(1, &[]);
+    assert_eq!(journals(&scene.stage, 1), "");
+}
+
+#[test]
+fn an_answer_is_asked_for_until_it_comes() {
+    let scene = Scene::set();
+    let migration = scene.migrate(&[]);
+    let mut incoming = scene.destination.until_committed();
+    for _ in 0..3 {
+        incoming = scene.destination.asked_again(incoming);
+    }
+    // Noise is no answer, and neither is what has no place here.
+    incoming.say(control::Body::Commit(Commit {}));
+    incoming.utter(b"HTTP/1.1 200 OK\r\n\r\n");
+    let mut incoming = scene.destination.asked_again(incoming);
+    stands_still(&scene.stage, scene.counter.pid());
+    incoming.say(resumed());
+    ended(migration, MOVED, &[]);
+    assert!(!scene.stage.host(1).process_alive(scene.counter.pid()));
+    scene.stage.assert_clean(1, &[]);
+}
+
+#[test]
+fn a_refusal_after_the_commit_brings_it_back() {
+    let scene = Scene::set();
+    let migration = scene.migrate(&[]);
+    let incoming = scene.destination.until_committed();
+    let mut incoming = scene.destination.asked_again(incoming);
+    incoming.say(failed("it was never committed"));
+    ended(migration, ROLLED_BACK, &["it was never committed"]);
+    scene.assert_back();
+}
+
+/// A Redis on host 1, in doubt: the destination has not answered the commit, and `haulier migrate`
+/// has given up asking.
+struct Doubt {
+    stage: Stage,
+    redis: Process,
+    id: String,
+    said: String,
+}
+
+impl Doubt {
+    /// Of a Redis that nobody uses.
+    fn unused() -> Doubt {
+        let stage = Stage::set(2, HAULIER);
+        stage.give_addresses(1);
+        let redis = start_redis(stage.host(1), 6379).unwrap();
+        Doubt::of(stage, redis)
+    }
+
+    fn of(stage: Stage, redis: Process) -> Doubt {
+        let destination = Destination::open(&stage);
+        let options = [&MOVE[..], &["--doubt-time", "3"]].concat();
+        let migration = stage.migration(1, redis.pid(), 2, &options);
+        let migration = migration.spawn_captured().unwrap();
+        let incoming = destination.until_committed();
+        let id = incoming.purpose.migration.to_string();
+        incoming.command.shutdown();
+        drop((incoming, destination));
+        let words = "the connection to host2 broke after the commit";
+        migration.wait_for_output(words, LONG).unwrap();
+        // Ctrl-C is no answer.
+        migration.process.kill(Signal::INT).unwrap();
+        let said = ended(migration, NEEDS_YOU, &["stands frozen here", &id]);
+        Doubt {
+            stage,
+            redis,
+            id,
+            said,
+        }
+    }
+
+    #[track_caller]
+    fn assert_still(&self) {
+        stands_still(&self.stage, self.redis.pid());
+        let mut locks = locks(&self.stage);
+        locks.sort();
+        let both = ["arp", "inet"].map(|family| format!("{family} haulier_{}", self.id));
+        assert_eq!(locks, both);
+        assert!(has_address(&self.stage));
+    }
+
+    /// Does what the message says for the case that it runs `place`.
+    fn follow(&self, place: &str) {
+        let command = format!("haulier resolve {} {place}", self.id);
+        assert!(self.said.contains(&command), "{}", self.said);
+        let arguments = command.split(' ').skip(1);
+        let output = self.stage.haulier(1).args(arguments).output(LONG);
+        output.unwrap().success();
+    }
+
+    #[track_caller]
+    fn assert_gone(&self) {
+        assert!(!self.stage.host(1).process_alive(self.redis.pid()));
+        assert!(!has_address(&self.stage));
+        self.stage.assert_clean(1, &["cgroup /redis"]);
+        assert_eq!(journals(&self.stage, 1), "");
+    }
+}
+
+#[test]
+fn silence_after_the_commit_leaves_it_frozen_until_a_person_lets_it_run() {
+    let stage = Stage::set(3, HAULIER);
+    let (redis, client) = served(&stage);
+    let doubt = Doubt::of(stage, redis);
+    doubt.assert_still();
+    let server = doubt.stage.serve(1);
+    doubt.assert_still();
+    server.process.kill(Signal::TERM).unwrap();
+    let said = server.finish(LONG).unwrap().stderr;
+    let hint = format!("haulier resolve {}", doubt.id);
+    assert!(said.contains(&hint), "{said}");
+    doubt.assert_still();
+
+    doubt.follow("here");
+    assert_served(&client);
+    client.stop().clean();
+    assert!(doubt.stage.host(1).process_alive(doubt.redis.pid()));
+    doubt.stage.assert_clean(1, &["cgroup /redis"]);
+    assert_eq!(journals(&doubt.stage, 1), "");
+}
+
+#[test]
+fn silence_after_the_commit_leaves_it_frozen_until_a_person_knows_it_elsewhere() {
+    let doubt = Doubt::unused();
+    // About another one nothing is known.
+    let other = ["resolve", "0123456789abcdef", "there"];
+    let other = doubt.stage.haulier(1).args(other).output(LONG).unwrap();
+    assert_eq!(other.status.code(), Some(1), "{}", other.stderr);
+    doubt.assert_still();
+    doubt.follow("there");
+    doubt.assert_gone();
+}
+
+/// Between the record that it was released and the end of what it had here, haulier was killed.
+#[test]
+fn a_killed_source_that_had_released_takes_its_address_away_at_the_next_start() {
+    let doubt = Doubt::unused();
+    let record = format!(
+        "echo source is Released >> /var/lib/haulier/{}/journal",
+        doubt.id
+    );
+    doubt.stage.host(1).shell(&record).unwrap().success();
+    let _server = doubt.stage.serve(1);
+    doubt.assert_gone();
+}
+
+fn has_address(stage: &Stage) -> bool {
+    let addresses = stage.host(1).run(["ip", "-o", "addr"]).unwrap().success();
+    addresses.contains(&format!(" {MOVING_V4}/24 "))
+}
+
+/// A Redis on host 1, and a client on host 3 that checks every answer.
+fn served(stage: &Stage) -> (Process, RedisClient) {
+    stage.give_addresses(1);
+    let redis = start_redis(stage.host(1), 6379).unwrap();
+    let address = redis_address();
+    let client = stage
+        .host(3)
+        .in_network(|| RedisClient::start(address))
+        .unwrap()
+        .unwrap();
+    client.wait_for_operations(500, LONG).unwrap();
+    (redis, client)
+}
+
+fn redis_address() -> SocketAddr {
+    SocketAddr::new(MOVING_V4.parse().unwrap(), 6379)
+}
+
+#[track_caller]
+fn assert_served(client: &RedisClient) {
+    let seen = client.snapshot().operations;
+    client.wait_for_operations(seen + 500, LONG).unwrap();
+}
+
+/// What a destination says where it should not.
+type Lie = fn(&mut Incoming);
+
+#[test]
+fn lies_before_the_commit_bring_it_back() {
+    let too_long: Lie = |incoming| {
+        let mut header = [0; HEADER_BYTES];
+        header[..4].copy_from_slice(&MAGIC);
+        header[4..6].copy_from_slice(&(Kind::Control as u16).to_le_bytes());
+        header[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
+        incoming.utter(&header);
+    };
+    let lies: [(Lie, &str); 7] = [
+        (
+            |incoming| incoming.say(resumed()),
+            "sent resumed where held was due",
+        ),
+        (too_long, "over the limit"),
+        (
+            |incoming| incoming.utter(&[0xa5; 4096]),
+            "expected a haulier frame",
+        ),
+        (|incoming| incoming.utter(b"HLR1"), "closed the connection"),
+        (
+            |incoming| {
+                let frame = incoming.command.send(Kind::Pages, &[b"no"], &long());
+                frame.unwrap();
+            },
+            "expected a Control frame",
+        ),
+        (
+            |incoming| {
+                // A message that is none, with a checksum that is right.
+                let frame = incoming.command.send(Kind::Control, &[&[0xff; 9]], &long());
+                frame.unwrap();
+            },
+            "does not decode",
+        ),
+        (
+            |incoming| {
+                // Of a later version.
+                let frame = incoming.command.send(Kind::Control, &[], &long());
+                frame.unwrap();
+            },
+            "unknown to this version",
+        ),
+    ];
+    let scene = Scene::set();
+    for (lie, words) in lies {
+        let migration = scene.migrate(&[]);
+        let mut incoming = scene.destination.until_offered();
+        stands_still(&scene.stage, scene.counter.pid());
+        lie(&mut incoming);
+        if words == "closed the connection" {
+            incoming.command.shutdown();
+        }
+        ended(migration, ROLLED_BACK, &["on host1", words]);
+        scene.assert_back();
+    }
+}
+
+#[test]
+fn lies_before_the_freeze_touch_nothing() {
+    let scene = Scene::set();
+    let migration = scene.migrate(&[]);
+    scene.destination.until_checked().say(resumed());
+    ended(migration, NOTHING_TOUCHED, &["instead of findings"]);
+    scene.assert_back();
+
+    let migration = scene.migrate(&[]);
+    let (mut incoming, _) = scene.destination.until_begun();
+    incoming.say(resumed());
+    let words = ["sent resumed where prepared was due"];
+    ended(migration, NOTHING_TOUCHED, &words);
+    scene.assert_back();
+}
+
+/// Number of a process that a scripted source moves, free on host 2.
+const MADE_UP: i32 = 2500;
+
+#[track_caller]
+fn assert_refused(command: &mut Channel) {
+    let answer = command.receive_control("a refusal", &long()).unwrap();
+    assert!(matches!(answer, control::Body::Failed(_)), "{answer:?}");
+}
+
+#[test]
+fn a_commit_of_nothing_is_refused() {
+    let stage = Stage::set(2, HAULIER);
+    let _server = stage.serve(2);
+    let commit = || control::Body::Commit(Commit {});
+
+    // Before anything was begun.
+    let source = Source::new(&stage, 1, 1);
+    let mut command = source.connect(Role::Command).unwrap();
+    command.send_control(commit(), &long()).unwrap();
+    assert_refused(&mut command);
+
+    // Before anything was sent.
+    let source = Source::new(&stage, 2, 1);
+    let mut command = source.begin(MADE_UP, 1);
+    command.send_control(commit(), &long()).unwrap();
+    assert_refused(&mut command);
+
+    // Where there is nothing to restore.
+    let source = Source::new(&stage, 3, 1);
+    let mut command = source.begin(MADE_UP, 1);
+    let mut images = source.connect(Role::Images).unwrap();
+    let mut memory = source.connect(Role::Memory).unwrap();
+    command.send_control(commit(), &long()).unwrap();
+    let end = RoundEnd {
+        round: 0,
+        pages: 0,
+        last: true,
+    };
+    memory.send_message(Kind::RoundEnd, &end, &long()).unwrap();
+    let done = ImagesDone::default();
+    // It may have been closed by now.
+    let _ = images.send_message(Kind::ImagesDone, &done, &long());
+    assert_refused(&mut command);
+
+    assert!(!stage.host(2).process_alive(MADE_UP));
+    stage.assert_clean(2, &[]);
+    // And it is as good as before.
+    let process = start(stage.host(1), &["sleep", "1000"]);
+    stage.moved(1, process.pid(), 2, &[]);
+}
+
+#[test]
+fn only_who_knows_the_secret_is_heard() {
+    let stage = Stage::set(2, HAULIER);
+    let _server = stage.serve(2);
+    let command = Source::new(&stage, 1, 1).begin(MADE_UP, 1);
+    let stranger = Source::new(&stage, 1, 2);
+    let turned_away = || {
+        for role in [Role::Command, Role::Images, Role::Memory] {
+            let error = stranger.connect(role).unwrap_err();
+            let refused = matches!(&error, TransportError::Refused { .. });
+            assert!(refused, "{role:?}: {error}");
+        }
+    };
+    turned_away();
+    let error = stranger.connect(Role::Command).unwrap_err().to_string();
+    assert!(error.contains("the secret is wrong"), "{error}");
+    command.shutdown();
+    stage.assert_clean(2, &[]);
+    // Also once it is over.
+    turned_away();
+}
+
+#[test]
+fn a_source_that_begins_and_is_gone_or_silent_leaves_nothing() {
+    let stage = Stage::set(2, HAULIER);
+    let _server = stage.serve_with(2, &["--step-time", "2"]);
+    let gone = Source::new(&stage, 1, 1).begin(MADE_UP, 2);
+    drop(gone);
+    stage.assert_clean(2, &[]);
+
+    // Silent from the beginning, after the beginning, and when all connections are open.
+    let source = Source::new(&stage, 2, 1);
+    let mut command = source.connect(Role::Command).unwrap();
+    assert_refused(&mut command);
+    let source = Source::new(&stage, 3, 1);
+    let mut command = source.begin(MADE_UP, 1);
+    assert_refused(&mut command);
+    let source = Source::new(&stage, 4, 1);
+    let mut command = source.begin(MADE_UP, 1);
+    let _streams = [Role::Images, Role::Memory].map(|role| source.connect(role).unwrap());
+    assert_refused(&mut command);
+    stage.assert_clean(2, &[]);
+}
+
+/// A Redis on host 1 that is frozen half way, its haulier killed.
+struct Orphan {
+    stage: Stage,
+    redis: Process,
+    client: RedisClient,
+    server: Captured,
+}
+
+impl Orphan {
+    fn make() -> Orphan {
+        let stage = Stage::set(3, HAULIER);
+        let (redis, client) = served(&stage);
+        let fill = || fill_redis(redis_address(), 1, 32 << 20);
+        stage.host(3).in_network(fill).unwrap().unwrap();
+        stage.lab.shape(Some("20mbit")).unwrap();
+        let server = stage.serve(2);
+        let migration = stage.migration(1, redis.pid(), 2, &MOVE);
+        let migration = migration.spawn_captured().unwrap();
+        eventually("it is frozen", || {
+            let left = stage.leftovers(1);
+            left.iter().any(|line| line.starts_with("frozen-cgroup "))
+        });
+        migration.process.kill(Signal::KILL).unwrap();
+        migration.finish(LONG).unwrap();
+        stage.lab.shape(None).unwrap();
+        let left = stage.leftovers(1);
+        let frozen = left.iter().any(|line| line.starts_with("frozen-cgroup "));
+        assert!(frozen, "it does not run by itself: {left:?}");
+        Orphan {
+            stage,
+            redis,
+            client,
+            server,
+        }
+    }
+}
+
+#[test]
+fn a_killed_sources_target_runs_on_at_the_next_start() {
+    let orphan = Orphan::make();
+    let server = orphan.stage.serve(1);
+    assert_served(&orphan.client);
+    orphan.client.stop().clean();
+    assert!(orphan.stage.host(1).process_alive(orphan.redis.pid()));
+    orphan.stage.assert_clean(1, &["cgroup /redis"]);
+    orphan.stage.assert_clean(2, &[]);
+    assert_eq!(journals(&orphan.stage, 1), "");
+    drop((server, orphan.server));
+}
+
+#[test]
+fn a_killed_sources_target_moves_at_the_next_try() {
+    let orphan = Orphan::make();
+    let pid = orphan.redis.pid();
+    orphan.stage.moved(1, pid, 2, &MOVE);
+    assert_served(&orphan.client);
+    orphan.client.stop().clean();
+    orphan.stage.assert_clean(1, &["cgroup /redis"]);
+    assert_eq!(journals(&orphan.stage, 1), "");
+    drop(orphan.server);
+}

@@ -1,0 +1,297 @@
+//! The other side of a migration, played by a test: it speaks the protocol, and says what the test
+//! wants at each point. And what the test sees of host 1 meanwhile.
+
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use haulier_proto::frame::Kind;
+use haulier_proto::id::{MigrationId, Secret};
+use haulier_proto::message::{
+    self, Begin, Commit, Failure, Findings, Held, ImagesDone, Offer, Prepared, Requirements,
+    Resumed, Role, RoundEnd, control,
+};
+use haulier_transport::channel::Channel;
+use haulier_transport::error::TransportError;
+use haulier_transport::greeting::{self, Identity, Purpose};
+use haulier_transport::tcp::{self, Listener};
+use haulier_transport::wait::Wait;
+
+use crate::stage::{LONG, Stage, eventually};
+
+/// What a connection is welcomed as, or refused.
+type Connected = Result<Channel, TransportError>;
+
+pub(crate) fn long() -> Wait {
+    Wait::uncancellable(LONG)
+}
+
+pub(crate) fn resumed() -> control::Body {
+    control::Body::Resumed(Resumed {
+        pid: 1,
+        phases: Vec::new(),
+    })
+}
+
+pub(crate) fn failed(what: &str) -> control::Body {
+    control::Body::Failed(Failure {
+        host: "host2".to_owned(),
+        phase: "commit".to_owned(),
+        what: what.to_owned(),
+        ..Failure::default()
+    })
+}
+
+/// A destination on host 2.
+pub(crate) struct Destination {
+    listener: Listener,
+    me: Identity,
+}
+
+/// A migration as the destination sees it.
+pub(crate) struct Incoming {
+    pub(crate) purpose: Purpose,
+    pub(crate) command: Channel,
+    streams: Vec<JoinHandle<(Kind, u64)>>,
+}
+
+impl Destination {
+    pub(crate) fn open(stage: &Stage) -> Destination {
+        let address = stage.address(2);
+        let listener = stage.host(2).in_network(|| Listener::bind(&address));
+        Destination {
+            listener: listener.unwrap().unwrap(),
+            me: identity("host2"),
+        }
+    }
+
+    /// Takes in the next connection, which has to be of that role.
+    pub(crate) fn accept(&self, role: Role) -> (Channel, Purpose) {
+        let mut channel = self.listener.accept(&long()).unwrap();
+        let hello = greeting::receive_hello(&mut channel, &self.me, &long());
+        let (_, purpose, version) = hello.unwrap();
+        assert_eq!(purpose.role, role);
+        greeting::accept(&mut channel, &self.me, version, &long()).unwrap();
+        (channel, purpose)
+    }
+
+    /// A command connection, up to the source's question whether it fits.
+    pub(crate) fn until_checked(&self) -> Incoming {
+        let (mut command, purpose) = self.accept(Role::Command);
+        let check = command.receive_control("a check", &long()).unwrap();
+        assert!(matches!(check, control::Body::Check(_)), "{check:?}");
+        Incoming {
+            purpose,
+            command,
+            streams: Vec::new(),
+        }
+    }
+
+    /// A migration whose source has begun.
+    pub(crate) fn until_begun(&self) -> (Incoming, u32) {
+        let mut incoming = self.until_checked();
+        incoming.say(control::Body::Findings(Findings::default()));
+        match incoming.hear() {
+            control::Body::Begin(Begin { memory_streams }) => (incoming, memory_streams),
+            other => panic!("{other:?} instead of a beginning"),
+        }
+    }
+
+    /// A migration that has been sent whole: what came is what the source says it sent.
+    pub(crate) fn until_offered(&self) -> Incoming {
+        let (mut incoming, memory) = self.until_begun();
+        incoming.say(control::Body::Prepared(Prepared {}));
+        for role in [Role::Images]
+            .into_iter()
+            .chain((0..memory).map(|_| Role::Memory))
+        {
+            let (channel, purpose) = self.accept(role);
+            assert_eq!(purpose.migration, incoming.purpose.migration);
+            assert_eq!(purpose.secret, incoming.purpose.secret);
+            incoming.streams.push(thread::spawn(|| drain(channel)));
+        }
+        let (mut pages, mut images) = (0, 0);
+        for stream in incoming.streams.drain(..) {
+            match stream.join().unwrap() {
+                (Kind::ImagesDone, count) => images += count,
+                (_, count) => pages += count,
+            }
+        }
+        let offer = incoming.hear();
+        let images = u32::try_from(images).unwrap();
+        assert_eq!(offer, control::Body::Offer(Offer { pages, images }));
+        assert!(pages > 0 && images > 0);
+        incoming
+    }
+
+    /// A migration whose source has sent its commit.
+    pub(crate) fn until_committed(&self) -> Incoming {
+        let mut incoming = self.until_offered();
+        incoming.say(control::Body::Held(Held::default()));
+        assert_eq!(incoming.hear(), control::Body::Commit(Commit {}));
+        incoming
+    }
+
+    /// Loses the connection over which the commit came, and is asked again over a new one.
+    pub(crate) fn asked_again(&self, incoming: Incoming) -> Incoming {
+        let Incoming { purpose, .. } = incoming;
+        incoming.command.shutdown();
+        let (command, again) = self.accept(Role::Command);
+        assert_eq!(
+            again, purpose,
+            "of the same migration, with the same secret"
+        );
+        let mut incoming = Incoming {
+            purpose,
+            command,
+            streams: Vec::new(),
+        };
+        assert_eq!(incoming.hear(), control::Body::Commit(Commit {}));
+        incoming
+    }
+}
+
+impl Incoming {
+    pub(crate) fn say(&mut self, body: control::Body) {
+        self.command.send_control(body, &long()).unwrap();
+    }
+
+    pub(crate) fn hear(&mut self) -> control::Body {
+        self.command
+            .receive_control("what is due", &long())
+            .unwrap()
+    }
+
+    /// Puts bytes on the command connection that are not a message.
+    pub(crate) fn utter(&self, noise: &[u8]) {
+        let written = rustix::io::write(self.command.socket(), noise).unwrap();
+        assert_eq!(written, noise.len());
+    }
+}
+
+/// Receives to the end of the images, or of the last round of pages; returns how many came.
+fn drain(mut channel: Channel) -> (Kind, u64) {
+    loop {
+        let (header, body) = channel.receive(&long()).unwrap();
+        match header.kind {
+            Kind::ImagesDone => {
+                let done: ImagesDone = message::decode(header.kind, &body).unwrap();
+                return (header.kind, done.images.into());
+            }
+            Kind::RoundEnd => {
+                let end: RoundEnd = message::decode(header.kind, &body).unwrap();
+                if end.last {
+                    return (header.kind, end.pages);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A source on host 1 of one migration to host 2.
+pub(crate) struct Source<'a> {
+    stage: &'a Stage,
+    id: MigrationId,
+    secret: Secret,
+}
+
+impl<'a> Source<'a> {
+    pub(crate) fn new(stage: &'a Stage, id: u8, secret: u8) -> Source<'a> {
+        Source {
+            stage,
+            id: MigrationId::from_random([id; 8]),
+            secret: Secret::from_random([secret; 32]),
+        }
+    }
+
+    pub(crate) fn connect(&self, role: Role) -> Connected {
+        let (address, wait) = (self.stage.address(2), long());
+        let host = self.stage.host(1);
+        let mut channel = host.in_network(|| tcp::connect(&address, &wait)).unwrap()?;
+        let purpose = Purpose {
+            migration: self.id,
+            secret: self.secret.clone(),
+            role,
+            index: 0,
+        };
+        greeting::introduce(&mut channel, &identity("host1"), &purpose, &wait)?;
+        Ok(channel)
+    }
+
+    /// A command connection over which a migration of process `root` has begun, and the
+    /// destination has prepared for it.
+    pub(crate) fn begin(&self, root: i32, memory_streams: u32) -> Channel {
+        let mut command = self.connect(Role::Command).unwrap();
+        let needs = Requirements {
+            root_pid: root,
+            pids: vec![root],
+            program: "made up".to_owned(),
+            ..Requirements::default()
+        };
+        let mut ask = |body| {
+            command.send_control(body, &long()).unwrap();
+            command.receive_control("an answer", &long()).unwrap()
+        };
+        let findings = ask(control::Body::Check(needs));
+        assert!(
+            matches!(findings, control::Body::Findings(_)),
+            "{findings:?}"
+        );
+        let prepared = ask(control::Body::Begin(Begin { memory_streams }));
+        assert_eq!(prepared, control::Body::Prepared(Prepared {}));
+        command
+    }
+}
+
+fn identity(host: &str) -> Identity {
+    Identity {
+        software: "a test".to_owned(),
+        host: host.to_owned(),
+    }
+}
+
+/// Processor time that a process has used, in ticks.
+fn progress(stage: &Stage, pid: i32) -> u64 {
+    let path = format!("/proc/{pid}/stat");
+    let stat = String::from_utf8(stage.host(1).read_file(path).unwrap()).unwrap();
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    // Fields 14 and 15 of proc_pid_stat(5), of which `fields` begins with the third.
+    let times = fields.split(' ').skip(11).take(2);
+    times.map(|time| time.parse::<u64>().unwrap()).sum()
+}
+
+#[track_caller]
+pub(crate) fn goes_on(stage: &Stage, pid: i32) {
+    assert!(stage.host(1).process_alive(pid), "{pid} is gone");
+    let before = progress(stage, pid);
+    eventually("it makes progress", || progress(stage, pid) > before + 2);
+}
+
+/// It is there, its cgroup is frozen, and it does not run.
+#[track_caller]
+pub(crate) fn stands_still(stage: &Stage, pid: i32) {
+    assert!(stage.host(1).process_alive(pid), "{pid} is gone");
+    let line = format!(
+        "g=/sys/fs/cgroup$(sed -n s/^0:://p /proc/{pid}/cgroup); cat $g/cgroup.freeze; \
+         grep frozen $g/cgroup.events"
+    );
+    let state = stage.host(1).shell(&line).unwrap().success();
+    assert_eq!(state, "1\nfrozen 1\n");
+    let before = progress(stage, pid);
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(progress(stage, pid), before);
+}
+
+pub(crate) fn locks(stage: &Stage) -> Vec<String> {
+    let tables = ["nft", "list", "tables"];
+    let tables = stage.host(1).run(tables).unwrap().success();
+    let ours = tables.lines().filter(|line| line.contains("haulier_"));
+    ours.map(|line| line.trim_start_matches("table ").to_owned())
+        .collect()
+}
+
+pub(crate) fn journals(stage: &Stage, host: usize) -> String {
+    let host = stage.host(host);
+    let list = "find /var/lib/haulier -name journal";
+    host.shell(list).unwrap().success()
+}
