@@ -36,7 +36,7 @@ pub(super) fn run(shared: &Shared, listener: LazyListener) {
             Err(error) => return shared.fail(error),
         };
         if ready.criu {
-            if let Err(error) = hear(shared, &mut criu) {
+            if let Err(error) = shared.take_in(|| hear(shared, &mut criu)) {
                 criu = Criu::Over;
                 // With everything placed CRIU tells of its failure by its own answer.
                 if !(shared.release() && is_end(&error)) {
@@ -156,12 +156,12 @@ fn hear(shared: &Shared, criu: &mut Criu) -> Result<(), LazyError> {
 /// Follows a task's events and answers its faults. True if to be tried again in a moment.
 fn serve(shared: &Shared, space: &Space, readable: bool) -> Result<bool, LazyError> {
     if readable {
-        let children = space.read_events(&shared.store, &shared.counters)?;
-        for child in children {
-            shared.add(child);
-        }
-        // A filling thread may wait for the event to be gone.
-        shared.changed();
+        // The end of this also wakes a filling thread that waits for the event to be gone.
+        shared.take_in(|| -> Result<(), LazyError> {
+            let children = space.read_events(&shared.store, &shared.counters)?;
+            children.into_iter().for_each(|child| shared.add(child));
+            Ok(())
+        })?;
     }
     space.answer(&shared.store, shared.options.fault_pages, &shared.counters)
 }

@@ -43,6 +43,9 @@ pub(super) struct State {
     released: bool,
     /// Filling threads that hold address spaces.
     holders: usize,
+    /// The serving thread may hold an address space that is in no list yet: one that CRIU is sending,
+    /// or a forked child. Nothing is complete meanwhile.
+    taking_in: bool,
     failed: bool,
     failure: Option<LazyError>,
     version: u64,
@@ -101,6 +104,7 @@ impl Shared {
                 complete: false,
                 released: false,
                 holders: 0,
+                taking_in: false,
                 failed: false,
                 failure: None,
                 version: 0,
@@ -150,6 +154,16 @@ impl Shared {
         self.bump(&mut state);
     }
 
+    /// Runs the serving thread's work that may end in [`Self::add`].
+    pub(super) fn take_in<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.state().taking_in = true;
+        let result = work();
+        let mut state = self.state();
+        state.taking_in = false;
+        self.bump(&mut state);
+        result
+    }
+
     /// Takes in an address space: one of the map, or a forked child. Once filling has begun one that
     /// lacks nothing is closed at once.
     pub(super) fn add(&self, space: Space) {
@@ -189,11 +203,6 @@ impl Shared {
         self.state().finished
     }
 
-    /// Something happened that may let a waiting thread go on.
-    pub(super) fn changed(&self) {
-        self.bump(&mut self.state());
-    }
-
     fn bump(&self, state: &mut State) {
         state.version += 1;
         self.changed.notify_all();
@@ -211,7 +220,8 @@ impl Shared {
             return None;
         }
         self.release_done(&mut state);
-        if state.spaces.is_empty() && state.expected.values().all(Todo::is_done) {
+        let all_met = !state.taking_in && state.expected.values().all(Todo::is_done);
+        if state.spaces.is_empty() && all_met {
             state.complete = true;
             self.bump(&mut state);
             self.wake();
@@ -322,5 +332,23 @@ impl Drop for PanicGuard<'_> {
         if std::thread::panicking() {
             self.0.fail(LazyError::Failed);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_complete_while_a_descriptor_is_taken_in() {
+        let options = Options {
+            fill_threads: 1,
+            chunk_pages: 1,
+            fault_pages: 1,
+        };
+        let shared =
+            Shared::new(Arc::new(PageStore::new(1 << 20)), HashMap::new(), options).unwrap();
+        assert!(shared.take_in(|| shared.work()).is_some());
+        assert!(shared.work().is_none());
     }
 }
