@@ -30,11 +30,19 @@ pub enum Kind {
     Pages = 8,
     /// A protobuf [`crate::message::RoundEnd`]: this stream has sent all of its part of a round.
     RoundEnd = 9,
+    /// Which pages a task waits for, from the destination (see `haulier-memory`).
+    FaultRequest = 10,
+    /// Pages that later image data may refer to by number (see `haulier-images`).
+    BankPages = 11,
+    /// A network packet that reached the source too late, to be delivered at the destination.
+    Packet = 12,
+    /// Pages of a task that a stream's receiver no longer needs (see `haulier-memory`).
+    Discard = 13,
 }
 
 impl Kind {
     /// Every kind, in wire order.
-    pub const ALL: [Kind; 9] = [
+    pub const ALL: [Kind; 13] = [
         Kind::Hello,
         Kind::Welcome,
         Kind::Control,
@@ -44,6 +52,10 @@ impl Kind {
         Kind::ImagesDone,
         Kind::Pages,
         Kind::RoundEnd,
+        Kind::FaultRequest,
+        Kind::BankPages,
+        Kind::Packet,
+        Kind::Discard,
     ];
 
     /// The longest body a frame of this kind may have, in bytes. A receiver refuses a longer one
@@ -56,7 +68,10 @@ impl Kind {
             Kind::Control => 16 << 20,
             Kind::ImageData => (1 << 20) + 64,
             // 1024 pages of 4 KiB and their run table.
-            Kind::Pages => (4 << 20) + (64 << 10),
+            Kind::Pages | Kind::BankPages => (4 << 20) + (64 << 10),
+            Kind::FaultRequest | Kind::Discard => 64 << 10,
+            // The longest packet that offloading makes, and what goes with it.
+            Kind::Packet => (64 << 10) + 256,
         }
     }
 

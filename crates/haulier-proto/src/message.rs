@@ -19,6 +19,10 @@ pub enum Role {
     Images = 2,
     /// Pages, from the source to the destination: one or more.
     Memory = 3,
+    /// Faults of the restored target and the pages that answer them: one, if pages are left behind.
+    Faults = 4,
+    /// Packets that reach the source after its lock, to be delivered at the destination: one.
+    Packets = 5,
 }
 
 /// The first frame of a connection, from the side that connected.
