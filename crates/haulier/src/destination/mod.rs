@@ -125,7 +125,9 @@ fn greet(shared: &Arc<Shared>, mut channel: Channel) {
     };
     let result = match purpose.role {
         Role::Command => return command(shared, channel, &hello.host, &purpose, version),
-        Role::Images | Role::Memory => shared.registry.check_stream(&purpose),
+        Role::Images | Role::Memory | Role::Faults | Role::Packets => {
+            shared.registry.check_stream(&purpose)
+        }
         Role::Unset => Err("a connection needs a role".to_owned()),
     };
     match result {
