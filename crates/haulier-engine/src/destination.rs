@@ -1,12 +1,14 @@
 //! The destination's side of the hand-over.
 //!
 //! ```text
-//! Preparing ─begun─▶ Receiving ─restored─▶ Held ─commit─▶ Owner ─thawed─▶ Done
+//! Preparing ─begun─▶ Receiving ─restored─▶ Held ─commit─▶ Owner ─thawed─▶ Arriving ─filled─▶ Done
 //!     │                  │                  │
 //!     └── failed, aborted, disconnected ────┴──▶ Refused
 //! ```
 //! `Owner` and `Refused` are each entered through a record on disk; there is no way from one to the
-//! other. A commit that arrives in `Refused` is answered with "refused", in `Done` with "resumed".
+//! other. A commit that arrives in `Refused` is answered with "refused", in `Arriving` and `Done`
+//! with "resumed". In `Arriving` the target runs and its pages are still being placed, from this
+//! host's page store or from the source.
 
 use crate::journal::DestinationRecord;
 
@@ -21,6 +23,8 @@ pub enum Event {
     Commit,
     /// It runs here.
     Thawed,
+    /// Every page is in its place.
+    Filled,
     /// A step of this side failed, or a deadline passed.
     Failed,
     /// The source gave up.
@@ -42,6 +46,8 @@ pub enum Action {
     Thaw,
     /// Tell the source that it runs here.
     SendResumed,
+    /// Tell the source that every page is here.
+    SendComplete,
     /// Kill what was restored and undo everything else.
     Kill,
     /// Tell the source that it will never run here, and why.
@@ -64,7 +70,11 @@ pub struct Held;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Owner;
 
-/// The target runs here.
+/// The target runs here while its pages are placed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Arriving;
+
+/// The target runs here, whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Done;
 
@@ -83,6 +93,8 @@ pub enum Destination {
     Held(Held),
     /// See [`Owner`].
     Owner(Owner),
+    /// See [`Arriving`].
+    Arriving(Arriving),
     /// See [`Done`].
     Done(Done),
     /// See [`Refused`].
@@ -104,6 +116,7 @@ impl Destination {
             Destination::Receiving(state) => state.on(event),
             Destination::Held(state) => state.on(event),
             Destination::Owner(state) => state.on(event),
+            Destination::Arriving(state) => state.on(event),
             Destination::Done(state) => state.on(event),
             Destination::Refused(state) => state.on(event),
         }
@@ -111,7 +124,10 @@ impl Destination {
 
     /// Whether the target may be running on this host.
     pub fn may_run(self) -> bool {
-        matches!(self, Destination::Owner(_) | Destination::Done(_))
+        matches!(
+            self,
+            Destination::Owner(_) | Destination::Arriving(_) | Destination::Done(_)
+        )
     }
 
     /// Whether only late commits remain to be answered.
@@ -137,7 +153,9 @@ impl Preparing {
                 ],
             ),
             Event::Failed | Event::Aborted | Event::Disconnected | Event::Commit => refuse(),
-            Event::Restored | Event::Thawed => (Destination::Preparing(self), Vec::new()),
+            Event::Restored | Event::Thawed | Event::Filled => {
+                (Destination::Preparing(self), Vec::new())
+            }
         }
     }
 }
@@ -148,7 +166,9 @@ impl Receiving {
             Event::Restored => (Destination::Held(Held), vec![Action::SendHeld]),
             // A commit for what is not held yet is a broken source.
             Event::Failed | Event::Aborted | Event::Disconnected | Event::Commit => refuse(),
-            Event::Begun | Event::Thawed => (Destination::Receiving(self), Vec::new()),
+            Event::Begun | Event::Thawed | Event::Filled => {
+                (Destination::Receiving(self), Vec::new())
+            }
         }
     }
 }
@@ -162,7 +182,9 @@ impl Held {
             ),
             // The source, if its commit was on the way, asks again and is told.
             Event::Failed | Event::Aborted | Event::Disconnected => refuse(),
-            Event::Begun | Event::Restored | Event::Thawed => (Destination::Held(self), Vec::new()),
+            Event::Begun | Event::Restored | Event::Thawed | Event::Filled => {
+                (Destination::Held(self), Vec::new())
+            }
         }
     }
 }
@@ -170,17 +192,36 @@ impl Held {
 impl Owner {
     fn on(self, event: Event) -> Step {
         match event {
-            Event::Thawed => (
-                Destination::Done(Done),
-                vec![Action::Record(DestinationRecord::Done), Action::SendResumed],
-            ),
+            Event::Thawed => (Destination::Arriving(Arriving), vec![Action::SendResumed]),
             // There is no way back; a thaw that failed is tried again.
             Event::Failed => (Destination::Owner(self), vec![Action::Thaw]),
             Event::Begun
             | Event::Restored
             | Event::Commit
+            | Event::Filled
             | Event::Aborted
             | Event::Disconnected => (Destination::Owner(self), Vec::new()),
+        }
+    }
+}
+
+impl Arriving {
+    fn on(self, event: Event) -> Step {
+        match event {
+            Event::Filled => (
+                Destination::Done(Done),
+                vec![
+                    Action::Record(DestinationRecord::Done),
+                    Action::SendComplete,
+                ],
+            ),
+            Event::Commit => (Destination::Arriving(self), vec![Action::SendResumed]),
+            Event::Begun
+            | Event::Restored
+            | Event::Thawed
+            | Event::Failed
+            | Event::Aborted
+            | Event::Disconnected => (Destination::Arriving(self), Vec::new()),
         }
     }
 }
@@ -220,11 +261,12 @@ fn refuse() -> Step {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 7] = [
+    const EVENTS: [Event; 8] = [
         Event::Begun,
         Event::Restored,
         Event::Commit,
         Event::Thawed,
+        Event::Filled,
         Event::Failed,
         Event::Aborted,
         Event::Disconnected,
@@ -247,6 +289,16 @@ mod tests {
         );
         let (state, actions) = state.on(Event::Thawed);
         assert_eq!(actions.last(), Some(&Action::SendResumed));
+        assert!(!state.is_final() && state.may_run());
+        assert_eq!(state.on(Event::Commit).1, [Action::SendResumed]);
+        let (state, actions) = state.on(Event::Filled);
+        assert_eq!(
+            actions,
+            [
+                Action::Record(DestinationRecord::Done),
+                Action::SendComplete
+            ]
+        );
         assert!(state.is_final() && state.may_run());
         assert_eq!(state.on(Event::Commit).1, [Action::SendResumed]);
     }

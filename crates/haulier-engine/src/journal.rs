@@ -9,6 +9,9 @@ pub enum SourceRecord {
     Freezing,
     /// The commit is about to be sent; if nothing follows, only the destination knows.
     InDoubt,
+    /// The target runs on the destination and lacks pages that only the tasks here have: they are
+    /// neither to be thawed nor to be killed.
+    Serving,
     /// The target runs on the destination: what is left here is to be removed.
     Released,
     /// The target runs here: what was prepared there is void.

@@ -13,6 +13,8 @@ pub enum Phase {
     Check,
     /// Put the target into a cgroup of its own and arm the network lock.
     Prepare,
+    /// Send memory in rounds while the target runs.
+    PreCopy,
     /// Stop the target: from here on its users wait.
     Freeze,
     /// Have CRIU write the skeleton.
@@ -23,22 +25,26 @@ pub enum Phase {
     Restore,
     /// Hand the right to run over: its users no longer wait.
     Commit,
+    /// Send the pages that were left behind, by need, while the target runs at the destination.
+    PostCopy,
     /// Remove what is left on the source.
     Release,
 }
 
 impl Phase {
     /// Every phase, in order.
-    pub const ALL: [Phase; 10] = [
+    pub const ALL: [Phase; 12] = [
         Phase::Examine,
         Phase::Connect,
         Phase::Check,
         Phase::Prepare,
+        Phase::PreCopy,
         Phase::Freeze,
         Phase::Dump,
         Phase::Send,
         Phase::Restore,
         Phase::Commit,
+        Phase::PostCopy,
         Phase::Release,
     ];
 
@@ -57,11 +63,13 @@ impl Phase {
             Phase::Connect => "connect",
             Phase::Check => "check",
             Phase::Prepare => "prepare",
+            Phase::PreCopy => "pre-copy",
             Phase::Freeze => "freeze",
             Phase::Dump => "dump",
             Phase::Send => "send",
             Phase::Restore => "restore",
             Phase::Commit => "commit",
+            Phase::PostCopy => "post-copy",
             Phase::Release => "release",
         }
     }

@@ -1,11 +1,14 @@
 //! The source's side of the hand-over.
 //!
 //! ```text
-//! Running ─begin─▶ Frozen ─all sent─▶ Offered ─held─▶ InDoubt ─resumed─▶ Released
-//!    ▲               │                   │               │
-//!    └──── failed, cancelled, refused ───┴── refused ────┘
+//! Running ─begin─▶ Frozen ─sent─▶ Offered ─held─▶ InDoubt ─resumed─▶ Released
+//!    ▲               │               │               │ └──resumed, pages are here──▶ Serving ─complete─▶ Released
+//!    └── failed, cancelled, refused ─┴── refused ────┘
 //!         (RolledBack: thawed, final)
 //! ```
+//! Post-copy and hybrid leave pages here when they offer: `Serving` holds the frozen tasks until the
+//! destination has every page, over however many connections.
+//!
 //! From `InDoubt` only the destination's answer leads on. If the connection breaks there, a new one
 //! is made and the commit sent again; the destination answers it the same way every time.
 
@@ -18,10 +21,14 @@ pub enum Event {
     Begin,
     /// Skeleton and pages have been sent whole.
     AllSent,
+    /// The skeleton has been sent, and pages are left here for after the commit.
+    SkeletonSent,
     /// The destination says that it holds the restored target.
     Held,
     /// The destination says that the target runs there.
     Resumed,
+    /// The destination says that it has every page.
+    Complete,
     /// The destination says that it will never run it.
     Refused,
     /// A step of this side failed, a deadline passed, or the user cancelled.
@@ -49,6 +56,10 @@ pub enum Action {
     Thaw,
     /// Kill the frozen tasks and undo everything else.
     Kill,
+    /// Give the target's addresses away; its frozen tasks stay.
+    Depart,
+    /// Send the pages that are left here, anew after a break.
+    Serve,
     /// Make a new command connection.
     Reconnect,
 }
@@ -63,11 +74,21 @@ pub struct Frozen;
 
 /// Everything has been sent; the destination restores it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Offered;
+pub struct Offered {
+    /// Pages are left here.
+    pub behind: bool,
+}
 
 /// The commit may have arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct InDoubt;
+pub struct InDoubt {
+    /// Pages are left here.
+    pub behind: bool,
+}
+
+/// The target runs on the destination and lacks pages, which are here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Serving;
 
 /// The target runs on the destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -88,6 +109,8 @@ pub enum Source {
     Offered(Offered),
     /// See [`InDoubt`].
     InDoubt(InDoubt),
+    /// See [`Serving`].
+    Serving(Serving),
     /// See [`Released`].
     Released(Released),
     /// See [`RolledBack`].
@@ -109,6 +132,7 @@ impl Source {
             Source::Frozen(state) => state.on(event),
             Source::Offered(state) => state.on(event),
             Source::InDoubt(state) => state.on(event),
+            Source::Serving(state) => state.on(event),
             Source::Released(_) | Source::RolledBack(_) => (self, Vec::new()),
         }
     }
@@ -140,9 +164,12 @@ impl Running {
             Event::Failed | Event::Disconnected | Event::Refused => {
                 (Source::RolledBack(RolledBack), vec![Action::SendAbort])
             }
-            Event::AllSent | Event::Held | Event::Resumed | Event::Reconnected => {
-                (Source::Running(self), Vec::new())
-            }
+            Event::AllSent
+            | Event::SkeletonSent
+            | Event::Held
+            | Event::Resumed
+            | Event::Complete
+            | Event::Reconnected => (Source::Running(self), Vec::new()),
         }
     }
 }
@@ -150,9 +177,12 @@ impl Running {
 impl Frozen {
     fn on(self, event: Event) -> Step {
         match event {
-            Event::AllSent => (Source::Offered(Offered), vec![Action::SendOffer]),
+            Event::AllSent | Event::SkeletonSent => {
+                let behind = event == Event::SkeletonSent;
+                (Source::Offered(Offered { behind }), vec![Action::SendOffer])
+            }
             Event::Failed | Event::Disconnected | Event::Refused => roll_back(),
-            Event::Begin | Event::Held | Event::Resumed | Event::Reconnected => {
+            Event::Begin | Event::Held | Event::Resumed | Event::Complete | Event::Reconnected => {
                 (Source::Frozen(self), Vec::new())
             }
         }
@@ -163,13 +193,18 @@ impl Offered {
     fn on(self, event: Event) -> Step {
         match event {
             Event::Held => (
-                Source::InDoubt(InDoubt),
+                Source::InDoubt(InDoubt {
+                    behind: self.behind,
+                }),
                 vec![Action::Record(SourceRecord::InDoubt), Action::SendCommit],
             ),
             Event::Failed | Event::Disconnected | Event::Refused => roll_back(),
-            Event::Begin | Event::AllSent | Event::Resumed | Event::Reconnected => {
-                (Source::Offered(self), Vec::new())
-            }
+            Event::Begin
+            | Event::AllSent
+            | Event::SkeletonSent
+            | Event::Resumed
+            | Event::Complete
+            | Event::Reconnected => (Source::Offered(self), Vec::new()),
         }
     }
 }
@@ -177,20 +212,50 @@ impl Offered {
 impl InDoubt {
     fn on(self, event: Event) -> Step {
         match event {
-            Event::Resumed => (
-                Source::Released(Released),
-                vec![Action::Record(SourceRecord::Released), Action::Kill],
+            Event::Resumed if self.behind => (
+                Source::Serving(Serving),
+                vec![
+                    Action::Record(SourceRecord::Serving),
+                    Action::Depart,
+                    Action::Serve,
+                ],
             ),
+            // A destination that has every page has resumed as well.
+            Event::Resumed | Event::Complete => release(),
             // The destination has recorded its refusal: this is the only way back from here.
             Event::Refused => roll_back(),
             Event::Disconnected => (Source::InDoubt(self), vec![Action::Reconnect]),
             Event::Reconnected => (Source::InDoubt(self), vec![Action::SendCommit]),
             // A deadline or Ctrl-C is no reason to thaw: the destination may be running it.
-            Event::Failed | Event::Begin | Event::AllSent | Event::Held => {
+            Event::Failed | Event::Begin | Event::AllSent | Event::SkeletonSent | Event::Held => {
                 (Source::InDoubt(self), Vec::new())
             }
         }
     }
+}
+
+impl Serving {
+    fn on(self, event: Event) -> Step {
+        match event {
+            Event::Complete => release(),
+            Event::Disconnected => (Source::Serving(self), vec![Action::Reconnect]),
+            Event::Reconnected => (Source::Serving(self), vec![Action::Serve]),
+            // The target has run elsewhere: what stands here is never thawed by itself, and never
+            // given up before the other side has all of it.
+            Event::Begin
+            | Event::AllSent
+            | Event::SkeletonSent
+            | Event::Held
+            | Event::Resumed
+            | Event::Refused
+            | Event::Failed => (Source::Serving(self), Vec::new()),
+        }
+    }
+}
+
+fn release() -> Step {
+    let actions = vec![Action::Record(SourceRecord::Released), Action::Kill];
+    (Source::Released(Released), actions)
 }
 
 fn roll_back() -> Step {
@@ -206,11 +271,13 @@ fn roll_back() -> Step {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 8] = [
+    const EVENTS: [Event; 10] = [
         Event::Begin,
         Event::AllSent,
+        Event::SkeletonSent,
         Event::Held,
         Event::Resumed,
+        Event::Complete,
         Event::Refused,
         Event::Failed,
         Event::Disconnected,
@@ -263,12 +330,35 @@ mod tests {
             );
             assert_eq!(
                 actions.contains(&Action::Kill),
-                event == Event::Resumed,
+                matches!(event, Event::Resumed | Event::Complete),
                 "{event:?}"
             );
         }
         assert_eq!(in_doubt.on(Event::Disconnected).1, [Action::Reconnect]);
         assert_eq!(in_doubt.on(Event::Reconnected).1, [Action::SendCommit]);
+    }
+
+    #[test]
+    fn pages_that_are_left_here_keep_the_tasks_until_they_are_complete_there() {
+        let (in_doubt, _) = after(&[Event::Begin, Event::SkeletonSent, Event::Held]);
+        let (serving, actions) = in_doubt.on(Event::Resumed);
+        assert_eq!(
+            actions,
+            [
+                Action::Record(SourceRecord::Serving),
+                Action::Depart,
+                Action::Serve
+            ]
+        );
+        assert!(!serving.may_run() && !serving.is_final());
+        for event in EVENTS {
+            let (_, actions) = serving.on(event);
+            assert!(!actions.contains(&Action::Thaw), "{event:?}");
+            let kills = actions.contains(&Action::Kill);
+            assert_eq!(kills, event == Event::Complete, "{event:?}");
+        }
+        assert_eq!(serving.on(Event::Disconnected).1, [Action::Reconnect]);
+        assert_eq!(serving.on(Event::Reconnected).1, [Action::Serve]);
     }
 
     #[test]

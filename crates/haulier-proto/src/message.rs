@@ -75,7 +75,10 @@ pub struct Welcome {
 #[derive(Clone, PartialEq, Message)]
 pub struct Control {
     /// Which one. `None` is a message of a later version.
-    #[prost(oneof = "control::Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(
+        oneof = "control::Body",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12"
+    )]
     pub body: Option<control::Body>,
 }
 
@@ -111,6 +114,15 @@ pub mod control {
         /// Either: it will not be. From the destination it is final and recorded.
         #[prost(message, tag = "9")]
         Failed(super::Failure),
+        /// Destination: every page is here; the source may release the target.
+        #[prost(message, tag = "10")]
+        Complete(super::Complete),
+        /// Source, over a new command connection after a break: which pages are still missing?
+        #[prost(message, tag = "11")]
+        Rejoin(super::Rejoin),
+        /// Destination: these, and the connections for them may be opened.
+        #[prost(message, tag = "12")]
+        Missing(super::Missing),
     }
 }
 
@@ -215,6 +227,12 @@ pub struct Begin {
     /// How many memory connections will be opened.
     #[prost(uint32, tag = "1")]
     pub memory_streams: u32,
+    /// Whether a connection for faults will be opened.
+    #[prost(bool, tag = "2")]
+    pub faults: bool,
+    /// Whether a connection for packets will be opened.
+    #[prost(bool, tag = "3")]
+    pub packets: bool,
 }
 
 /// The destination is prepared.
@@ -230,6 +248,68 @@ pub struct Offer {
     /// Images sent.
     #[prost(uint32, tag = "2")]
     pub images: u32,
+    /// Pages that are left at the source, to be fetched and pushed after the commit.
+    #[prost(uint64, tag = "3")]
+    pub left_behind: u64,
+}
+
+/// Every page is at the destination.
+#[derive(Clone, PartialEq, Message)]
+pub struct Complete {
+    /// What the destination saw of faults.
+    #[prost(message, optional, tag = "1")]
+    pub faults: Option<Faults>,
+}
+
+/// How tasks waited for pages.
+#[derive(Clone, PartialEq, Message)]
+pub struct Faults {
+    /// Faults answered from the destination's page store.
+    #[prost(uint64, tag = "1")]
+    pub local: u64,
+    /// Faults that waited for the source.
+    #[prost(uint64, tag = "2")]
+    pub remote: u64,
+    /// Faults on pages that have no contents.
+    #[prost(uint64, tag = "3")]
+    pub zero: u64,
+    /// Faults by their latency: entry n counts those of less than 2 to the n microseconds that are in
+    /// no entry before.
+    #[prost(uint64, repeated, tag = "4")]
+    pub latency: Vec<u64>,
+    /// The same of those that waited for the source.
+    #[prost(uint64, repeated, tag = "5")]
+    pub remote_latency: Vec<u64>,
+}
+
+/// The source has come back.
+#[derive(Clone, PartialEq, Message)]
+pub struct Rejoin {
+    /// How many memory connections it is going to open.
+    #[prost(uint32, tag = "1")]
+    pub memory_streams: u32,
+}
+
+/// Pages that the destination lacks.
+#[derive(Clone, PartialEq, Message)]
+pub struct Missing {
+    /// By task.
+    #[prost(message, repeated, tag = "1")]
+    pub tasks: Vec<MissingPages>,
+}
+
+/// Pages of one task.
+#[derive(Clone, PartialEq, Message)]
+pub struct MissingPages {
+    /// The task's number in its own PID namespace.
+    #[prost(uint32, tag = "1")]
+    pub task: u32,
+    /// Starts of the ranges, as page numbers (address divided by 4096), ascending.
+    #[prost(uint64, repeated, tag = "2")]
+    pub starts: Vec<u64>,
+    /// Their lengths in pages.
+    #[prost(uint64, repeated, tag = "3")]
+    pub lengths: Vec<u64>,
 }
 
 /// Restored and held frozen.
@@ -366,6 +446,9 @@ impl control::Body {
             control::Body::Commit(_) => "commit",
             control::Body::Resumed(_) => "resumed",
             control::Body::Failed(_) => "failed",
+            control::Body::Complete(_) => "complete",
+            control::Body::Rejoin(_) => "rejoin",
+            control::Body::Missing(_) => "missing",
         }
     }
 }

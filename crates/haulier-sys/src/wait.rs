@@ -48,7 +48,16 @@ impl Cancel {
     /// A wait that ends with this token, or `timeout` from now.
     pub fn wait(&self, timeout: Duration) -> Wait {
         Wait {
-            deadline: Instant::now() + timeout,
+            limit: Limit::At(Instant::now() + timeout),
+            cancel: Some(self.clone()),
+        }
+    }
+
+    /// A wait that ends with this token, or when nothing has moved for `timeout`: for transfers
+    /// whose length nobody knows.
+    pub fn wait_idle(&self, timeout: Duration) -> Wait {
+        Wait {
+            limit: Limit::Idle(timeout),
             cancel: Some(self.clone()),
         }
     }
@@ -57,8 +66,15 @@ impl Cancel {
 /// A bound on waiting: a deadline, and mostly also a [`Cancel`].
 #[derive(Debug, Clone)]
 pub struct Wait {
-    deadline: Instant,
+    limit: Limit,
     cancel: Option<Cancel>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Limit {
+    At(Instant),
+    /// Counted anew by each call that waits.
+    Idle(Duration),
 }
 
 /// How a wait ended without what was waited for.
@@ -76,25 +92,31 @@ impl Wait {
     /// A wait that nobody can cancel: for the steps that bring the target back.
     pub fn uncancellable(timeout: Duration) -> Wait {
         Wait {
-            deadline: Instant::now() + timeout,
+            limit: Limit::At(Instant::now() + timeout),
             cancel: None,
         }
     }
 
     /// Time until the deadline.
     pub fn remaining(&self) -> Duration {
-        self.deadline.saturating_duration_since(Instant::now())
+        match self.limit {
+            Limit::At(deadline) => deadline.saturating_duration_since(Instant::now()),
+            Limit::Idle(timeout) => timeout,
+        }
     }
 
     /// When the wait ends at the latest.
     pub fn deadline(&self) -> Instant {
-        self.deadline
+        match self.limit {
+            Limit::At(deadline) => deadline,
+            Limit::Idle(timeout) => Instant::now() + timeout,
+        }
     }
 
     /// The same, but ending `timeout` from now if that is earlier.
     pub fn at_most(&self, timeout: Duration) -> Wait {
         Wait {
-            deadline: self.deadline.min(Instant::now() + timeout),
+            limit: Limit::At(self.deadline().min(Instant::now() + timeout)),
             cancel: self.cancel.clone(),
         }
     }

@@ -12,7 +12,9 @@ use haulier_images::directory::{self, ImageCount, ImagesError};
 use haulier_memory::store::PageStore;
 use haulier_memory::stream;
 use haulier_proto::id::MigrationId;
-use haulier_proto::message::{Held, Offer, Prepared, Requirements, Resumed, Role, control};
+use haulier_proto::message::{
+    Complete, Held, Offer, Prepared, Requirements, Resumed, Role, control,
+};
 use haulier_sys::wait::{Cancel, Wait};
 use haulier_targets::network::MoveIp;
 use haulier_transport::channel::Channel;
@@ -336,7 +338,7 @@ impl<'a> Session<'a> {
 
     /// The source's word on how much it sent, which has to be what came.
     fn check_offer(&mut self) -> Result<(), Setback> {
-        let Offer { pages, images } = match self.next("an offer")? {
+        let Offer { pages, images, .. } = match self.next("an offer")? {
             control::Body::Offer(offer) => offer,
             other => return Err(self.unexpected(&other, "an offer")),
         };
@@ -368,6 +370,7 @@ impl<'a> Session<'a> {
             }
         }
         info!("the target runs here");
+        let _ = self.on(Event::Filled);
         // A source that did not hear it asks again, over this connection or a new one.
         while let Ok(control::Body::Commit(_)) = self.next("the end") {
             let _ = self.on(Event::Commit);
@@ -449,6 +452,7 @@ impl<'a> Session<'a> {
                 let phases = self.clock.take();
                 self.tell(control::Body::Resumed(Resumed { pid, phases }))
             }
+            Action::SendComplete => self.tell(control::Body::Complete(Complete { faults: None })),
             Action::Kill => {
                 self.stop.cancel();
                 if let Some(mut hold) = self.hold.take() {

@@ -158,6 +158,8 @@ impl<'a> Migration<'a> {
         self.target = Some(target.map_err(|e| self.setback(&*e))?);
         let begin = Begin {
             memory_streams: self.options.streams,
+            faults: false,
+            packets: false,
         };
         self.tell(control::Body::Begin(begin))?;
         match self.answer("prepared")? {
@@ -368,6 +370,7 @@ impl<'a> Migration<'a> {
                 let offer = Offer {
                     pages: sent.pages,
                     images: sent.images,
+                    left_behind: 0,
                 };
                 self.tell(control::Body::Offer(offer))
             }
@@ -411,6 +414,7 @@ impl<'a> Migration<'a> {
                 Ok(())
             }
             Action::Reconnect => self.reconnect(),
+            Action::Depart | Action::Serve => Ok(()),
         }
     }
 
