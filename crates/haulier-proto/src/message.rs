@@ -485,11 +485,16 @@ mod tests {
                 }],
                 ..Default::default()
             }),
-            control::Body::Begin(Begin { memory_streams: 2 }),
+            control::Body::Begin(Begin {
+                memory_streams: 2,
+                faults: true,
+                packets: false,
+            }),
             control::Body::Prepared(Prepared {}),
             control::Body::Offer(Offer {
                 pages: 9,
                 images: 3,
+                left_behind: 5,
             }),
             control::Body::Held(Held {
                 phases: vec![phase.clone()],
