@@ -3,7 +3,8 @@
 use anyhow::Result;
 use clap::{ArgGroup, Args, Subcommand};
 use haulier_lab::workloads::{
-    Gap, RedisClient, Report, check_redis, connections, fill_redis, threads,
+    Gap, OpenLoop, OpenLoopClient, Protocol, RedisClient, Report, check_redis, connections, echo,
+    fill_redis, threads,
 };
 use serde::Serialize;
 use std::net::SocketAddr;
@@ -38,6 +39,19 @@ pub(crate) enum Workload {
         /// How many connections it takes at a time.
         #[arg(long, default_value_t = 10_000)]
         count: usize,
+    },
+    /// A server on one thread that sends back what comes, over TCP and UDP. Fails when its memory
+    /// is not as it should be.
+    Echo {
+        /// The address to listen on; for UDP not a wildcard.
+        #[arg(long, value_name = "IP:PORT")]
+        listen: SocketAddr,
+        /// Memory that is rewritten and checked beside, in MiB.
+        #[arg(long, value_name = "MIB", default_value_t = 0)]
+        memory: usize,
+        /// How many of its pages are rewritten each second [default: as many as a thread can].
+        #[arg(long, value_name = "N")]
+        pages_per_second: Option<u64>,
     },
 }
 
@@ -77,6 +91,35 @@ pub(crate) enum Client {
     FillRedis(Data),
     /// Compare every value that `fill-redis` stored.
     CheckRedis(Data),
+    /// Send at fixed times over many TCP connections and UDP sockets, whether answers come or not,
+    /// and time each answer from when its request was due. Fails if an answer was wrong or missing.
+    #[command(group = ArgGroup::new("stop").required(true).args(["seconds", "until_file"]))]
+    OpenLoop {
+        /// Address of the server: the `echo` workload, or Redis.
+        #[arg(long, value_name = "IP:PORT")]
+        addr: SocketAddr,
+        /// How many TCP connections.
+        #[arg(long, default_value_t = 100)]
+        tcp: usize,
+        /// How many UDP sockets.
+        #[arg(long, default_value_t = 0)]
+        udp: usize,
+        /// From one request of a client to its next, in milliseconds.
+        #[arg(long, value_name = "MS", default_value_t = 5)]
+        every: u64,
+        /// The server is Redis; its ECHO is used. No UDP then.
+        #[arg(long, conflicts_with = "udp")]
+        redis: bool,
+        /// Run that long.
+        #[arg(long = "for", value_name = "SECONDS")]
+        seconds: Option<u64>,
+        /// Run until this file exists.
+        #[arg(long, value_name = "PATH")]
+        until_file: Option<PathBuf>,
+        /// Print the report as JSON, each client included.
+        #[arg(long)]
+        json: bool,
+    },
     /// Open many connections to the `connections` workload and check every answer.
     Connections {
         /// Address of the server.
@@ -112,6 +155,18 @@ impl Workload {
                 connections::serve(listen, count)?;
                 Ok(ExitCode::SUCCESS)
             }
+            Workload::Echo {
+                listen,
+                memory,
+                pages_per_second,
+            } => {
+                echo::serve(&echo::Config {
+                    listen,
+                    memory_mib: memory,
+                    pages_per_second,
+                })?;
+                Ok(ExitCode::SUCCESS)
+            }
         }
     }
 }
@@ -124,13 +179,30 @@ impl Client {
                 seconds,
                 until_file,
                 json,
+            } => use_redis(addr, over(seconds, until_file), json),
+            Client::OpenLoop {
+                addr,
+                tcp,
+                udp,
+                every,
+                redis,
+                seconds,
+                until_file,
+                json,
             } => {
-                let began = Instant::now();
-                let over = || {
-                    seconds.is_some_and(|limit| began.elapsed().as_secs() >= limit)
-                        || until_file.as_ref().is_some_and(|file| file.exists())
+                let protocol = if redis {
+                    Protocol::Redis
+                } else {
+                    Protocol::Echo
                 };
-                use_redis(addr, over, json)
+                let config = OpenLoop {
+                    server: addr,
+                    tcp,
+                    udp,
+                    interval: Duration::from_millis(every),
+                    protocol,
+                };
+                send_open_loop(config, over(seconds, until_file), json)
             }
             Client::FillRedis(data) => {
                 fill_redis(data.addr, data.seed, data.mib << 20)?;
@@ -168,6 +240,38 @@ fn verdict(good: bool) -> ExitCode {
     } else {
         ExitCode::FAILURE
     }
+}
+
+/// Tells whether the time is up, or the file there.
+fn over(seconds: Option<u64>, until_file: Option<PathBuf>) -> impl Fn() -> bool {
+    let began = Instant::now();
+    move || {
+        seconds.is_some_and(|limit| began.elapsed().as_secs() >= limit)
+            || until_file.as_ref().is_some_and(|file| file.exists())
+    }
+}
+
+fn send_open_loop(config: OpenLoop, over: impl Fn() -> bool, json: bool) -> Result<ExitCode> {
+    let client = OpenLoopClient::start(config)?;
+    while !over() {
+        thread::sleep(Duration::from_millis(20));
+    }
+    let report = client.stop();
+    if json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        for (name, sum) in [("TCP", &report.tcp), ("UDP", &report.udp)] {
+            println!(
+                "{name}: {} clients  {} requests  {} lost  median {:.2} ms  99 % {:.2} ms  longest {:.1} ms",
+                sum.clients, sum.sent, sum.lost, sum.median_ms, sum.p99_ms, sum.longest_ms,
+            );
+        }
+        for error in report.errors() {
+            println!("error: {error}");
+        }
+    }
+    let good = report.errors().is_empty() && report.tcp.lost == 0 && report.udp.lost == 0;
+    Ok(verdict(good))
 }
 
 fn use_redis(address: SocketAddr, over: impl Fn() -> bool, json: bool) -> Result<ExitCode> {

@@ -132,6 +132,42 @@ fn write_status(report: &mut File, status: &Status, path: &Path) -> Result<()> {
     report.write_all(&line).map_err(Error::file("write", path))
 }
 
+/// Memory that a thread rewrites and checks beside something else that the process does.
+#[derive(Debug)]
+pub(super) struct Ballast {
+    errors: Arc<AtomicU64>,
+}
+
+impl Ballast {
+    /// Starts the thread, which ends with the process.
+    pub(super) fn start(memory_mib: usize, pages_per_second: Option<u64>) -> Ballast {
+        let errors = Arc::new(AtomicU64::new(0));
+        let its_errors = Arc::clone(&errors);
+        // Filled here: who is told that the server listens may count on the memory being there.
+        let mut part = Part::new(0, (memory_mib * 256).max(1));
+        thread::spawn(move || {
+            let (never, iterations) = (AtomicBool::new(false), AtomicU64::new(0));
+            let pause = pages_per_second
+                .map(|rate| Duration::from_secs_f64(BATCH as f64 / rate.max(1) as f64));
+            part.work(pause, &never, &iterations, &its_errors);
+        });
+        Ballast { errors }
+    }
+
+    /// Whether a page did not hold what it should.
+    pub(super) fn is_wrong(&self) -> bool {
+        self.errors.load(Ordering::Relaxed) > 0
+    }
+}
+
+/// What there is to say about a wrong page.
+pub(super) fn wrong_page() -> Error {
+    Error::System {
+        operation: "find in memory what was written there",
+        source: std::io::ErrorKind::InvalidData.into(),
+    }
+}
+
 /// Pages between two looks at the stop flag and at the clock.
 const BATCH: u64 = 16;
 
