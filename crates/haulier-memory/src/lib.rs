@@ -6,7 +6,9 @@
 //! what CRIU's images and its lazy-pages socket use.
 
 pub mod lazy;
+pub mod mappings;
 pub mod page;
+pub mod ranges;
 pub mod reader;
 pub mod store;
 pub mod stream;
