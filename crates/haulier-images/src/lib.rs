@@ -4,6 +4,19 @@
 //! the number, and an end with length and BLAKE3; after the last one comes a closing message with
 //! their count. Numbers let several images be under way at once. [`directory`] is the front end
 //! for CRIU driven by RPC, which can only write and read a directory.
+//!
+//! Before the images, while the target still runs, pages that they will contain may be sent ahead
+//! ([`sender`]): numbered from zero, each content once. The data of an image of pages
+//! (`pages-*.img`) is then runs: pages by number, zero pages, and pages that are new; its BLAKE3 is
+//! that of the BLAKE3s of its pages, which both sides know anyway.
 
+pub mod account;
+mod bank;
 pub mod directory;
+pub mod error;
 pub mod name;
+pub mod page;
+mod pages;
+mod receiver;
+mod runs;
+pub mod sender;

@@ -34,6 +34,14 @@ impl ImageName {
         }
     }
 
+    /// Whether it is one of CRIU's images that are pages and nothing else.
+    pub fn is_of_pages(&self) -> bool {
+        self.0
+            .strip_prefix("pages-")
+            .and_then(|rest| rest.strip_suffix(".img"))
+            .is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))
+    }
+
     /// The name.
     pub fn as_str(&self) -> &str {
         &self.0

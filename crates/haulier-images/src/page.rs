@@ -1,0 +1,101 @@
+//! Pages by their contents.
+
+use std::sync::LazyLock;
+
+/// Bytes of a page.
+pub const PAGE: usize = 4096;
+
+/// BLAKE3 of a page. It decides what memory becomes, so it is a cryptographic hash.
+pub(crate) type PageHash = [u8; 32];
+
+/// The hash of a page of zeros.
+pub(crate) static ZERO_HASH: LazyLock<PageHash> = LazyLock::new(|| hash(&[0; PAGE]));
+
+pub(crate) fn hash(page: &[u8]) -> PageHash {
+    *blake3::hash(page).as_bytes()
+}
+
+/// The hash of a page, or `None` if it is all zero.
+pub(crate) fn hash_unless_zero(page: &[u8]) -> Option<PageHash> {
+    if is_zero(page) {
+        None
+    } else {
+        Some(hash(page))
+    }
+}
+
+fn is_zero(page: &[u8]) -> bool {
+    // In steps large enough for vector instructions, small enough to leave most pages at once.
+    page.chunks(64)
+        .all(|step| step.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+/// The hash of an image made of pages, from theirs: neither side then hashes any page twice.
+#[derive(Debug)]
+pub(crate) struct PagesHasher(blake3::Hasher);
+
+impl PagesHasher {
+    pub(crate) fn new() -> PagesHasher {
+        // A context of its own: no hash of page hashes is the hash of any plain image.
+        PagesHasher(blake3::Hasher::new_derive_key(
+            "haulier 2026 image of pages, hashes of its pages",
+        ))
+    }
+
+    pub(crate) fn update(&mut self, page: &PageHash) {
+        self.0.update(page);
+    }
+
+    pub(crate) fn finalize(&self) -> PageHash {
+        *self.0.finalize().as_bytes()
+    }
+}
+
+/// Which of many numbers were seen.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    words: Vec<u64>,
+    count: u64,
+}
+
+impl Seen {
+    pub(crate) fn mark(&mut self, number: u32) {
+        let (word, bit) = (number as usize / 64, 1_u64 << (number % 64));
+        if word >= self.words.len() {
+            self.words.resize(word + 1, 0);
+        }
+        if self.words[word] & bit == 0 {
+            self.words[word] |= bit;
+            self.count += 1;
+        }
+    }
+
+    /// How many different numbers were marked.
+    pub(crate) fn count(&self) -> u64 {
+        self.count
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_single_bit_makes_a_page_not_zero() {
+        assert_eq!(hash_unless_zero(&[0; PAGE]), None);
+        for place in [0, 63, 64, 2048, PAGE - 1] {
+            let mut page = [0; PAGE];
+            page[place] = 1;
+            assert_eq!(hash_unless_zero(&page), Some(hash(&page)));
+        }
+    }
+
+    #[test]
+    fn numbers_are_counted_once() {
+        let mut seen = Seen::default();
+        for number in [0, 63, 64, 64, 1000, 0] {
+            seen.mark(number);
+        }
+        assert_eq!(seen.count(), 4);
+    }
+}
