@@ -1,10 +1,14 @@
 //! All unsafe code of haulier: userfaultfd, remote memory, packets, descriptors.
 
+pub mod datagram;
 pub mod namespaces;
 pub mod packet;
 pub mod pidfd;
+pub mod priority;
 pub mod process_memory;
+pub mod seclusion;
 pub mod session;
 pub mod socket;
+pub mod tcp;
 pub mod userfaultfd;
 pub mod wait;
