@@ -1,5 +1,6 @@
 //! All unsafe code of haulier: userfaultfd, remote memory, packets, descriptors.
 
+pub mod datagram;
 pub mod namespaces;
 pub mod packet;
 pub mod pidfd;
