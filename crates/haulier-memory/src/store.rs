@@ -4,6 +4,7 @@ mod batch;
 mod extents;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
@@ -98,6 +99,7 @@ pub struct PageStore {
     account: Arc<Account>,
     state: Mutex<State>,
     changed: Condvar,
+    received: AtomicU64,
 }
 
 #[derive(Default)]
@@ -121,12 +123,19 @@ impl PageStore {
             account: Account::new(limit),
             state: Mutex::default(),
             changed: Condvar::new(),
+            received: AtomicU64::new(0),
         }
     }
 
     /// Bytes in use, including buffers handed out and not yet inserted.
     pub fn used(&self) -> u64 {
         self.account.used()
+    }
+
+    /// Pages that have come so far, those that were replaced or placed since included: how far a
+    /// transfer is.
+    pub fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
     }
 
     /// A buffer to receive contents into, counted from now on. Nothing is allocated over the limit.
@@ -187,6 +196,7 @@ impl PageStore {
                     Content::Data(batch.clone(), at)
                 };
                 extents.insert(run.range, round, content);
+                self.received.fetch_add(run.range.pages, Ordering::Relaxed);
             }
             let after = extents.len() as u64;
             self.account
@@ -234,6 +244,30 @@ impl PageStore {
     /// Drops the pages of a range: placed, gone, or outdated by what is still to come.
     pub fn discard(&self, task: u32, range: PageRange) {
         self.edit(&mut self.lock(), task, |extents| extents.remove(range));
+    }
+
+    /// Drops the pages of a range that came in a round before `round`: they are gone, and what came
+    /// since is newer.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`], as what is left may need more bookkeeping; [`StoreError::Range`].
+    pub fn discard_before(
+        &self,
+        task: u32,
+        round: u32,
+        range: PageRange,
+    ) -> Result<(), StoreError> {
+        if !range.is_valid() {
+            return Err(StoreError::Range { task, range });
+        }
+        let mut state = self.lock();
+        // Both ends of the range may split an extent.
+        self.account.charge(2 * EXTENT_BYTES)?;
+        self.edit(&mut state, task, |extents| {
+            extents.remove_before(range, round);
+        });
+        self.account.adjust(2 * EXTENT_BYTES, 0);
+        Ok(())
     }
 
     /// Drops all pages of a task outside of `ranges`, which are ascending and disjoint.

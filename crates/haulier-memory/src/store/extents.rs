@@ -74,6 +74,20 @@ impl Extents {
         self.remove_whole(range.start, range.end());
     }
 
+    /// Drops the pages of a range that came before a round.
+    pub(super) fn remove_before(&mut self, range: PageRange, round: u32) {
+        self.split_at(range.start);
+        self.split_at(range.end());
+        let inside = self.by_start.range(range.start..range.end());
+        let old: Vec<u64> = inside
+            .filter(|(_, extent)| extent.round < round)
+            .map(|(start, _)| *start)
+            .collect();
+        for start in old {
+            self.by_start.remove(&start);
+        }
+    }
+
     /// Drops every page outside of the ranges, which are ascending and disjoint.
     pub(super) fn retain(&mut self, ranges: &[PageRange]) {
         let mut from = 0;

@@ -3,13 +3,16 @@
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
+use std::thread;
 use std::time::Duration;
 
+use haulier_proto::frame::{FrameError, Header, Kind};
+use haulier_proto::message::RoundEnd;
 use haulier_sys::userfaultfd::Region;
 
 use super::*;
 use crate::page::{PAGE, PAGE_BYTES, PageRange, PageRun};
-use crate::store::Lookup;
+use crate::store::{Lookup, PageStore};
 
 fn soon() -> Wait {
     Wait::uncancellable(Duration::from_secs(20))
@@ -64,7 +67,7 @@ fn check(store: &PageStore, region: &Region, vpid: u32, seed: u8) {
 #[test]
 fn several_rounds_over_several_channels_arrive_whole() {
     let (sources, destinations): (Vec<_>, Vec<_>) = (0..3).map(|_| tcp_pair()).unzip();
-    let mut sources = sources;
+    let mut sender = PageSender::new(sources, StreamOptions::default()).unwrap();
     let store = PageStore::new(1 << 30);
     let (first, first_pages) = task(10, 3000, 0x11);
     let (second, second_pages) = task(11, 1001, 0x55);
@@ -77,14 +80,17 @@ fn several_rounds_over_several_channels_arrive_whole() {
             })
             .collect();
         let all = vec![first_pages.clone(), second_pages];
-        let stats = send_round(&mut sources, all, 0, false, &soon()).unwrap();
+        let stats = sender.send_round(all, &[], 0, false, &soon()).unwrap();
         assert_eq!((stats.pages, stats.zero_pages), (4001, 1000));
-        assert!(stats.bytes_on_wire > 3001 * PAGE && stats.bytes_on_wire < 3200 * PAGE);
+        assert!(stats.wire_bytes > 3001 * PAGE && stats.wire_bytes < 3200 * PAGE);
         for page in (0..3000).filter(|page| page % 4 != 2) {
             first.write(page * PAGE_BYTES + 77, value(0xAA, page));
         }
-        let stats = send_round(&mut sources, vec![first_pages], 1, true, &soon()).unwrap();
+        let stats = sender
+            .send_round(vec![first_pages], &[], 1, true, &soon())
+            .unwrap();
         assert_eq!((stats.pages, stats.zero_pages), (3000, 750));
+        sender.finish(&soon()).unwrap();
         let mut sum = ReceiveStats::default();
         for receiver in receivers {
             let stats = receiver.join().unwrap();

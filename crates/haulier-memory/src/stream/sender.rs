@@ -1,0 +1,214 @@
+//! The sending side: rounds over N channels, a thread for each.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use haulier_proto::frame::Kind;
+use haulier_proto::message::RoundEnd;
+use haulier_transport::channel::Channel;
+use haulier_transport::error::TransportError;
+
+use super::encoder::FrameSender;
+use super::{RoundStats, StreamError, StreamOptions, discard};
+use crate::page::PageRange;
+use crate::reader::{Chunk, PageReader, TaskPages};
+use crate::wait::Wait;
+
+/// Sends the rounds of a migration over its memory channels.
+///
+/// Which channel a page takes is not determined: each of the N sending threads takes the next chunk
+/// when it is free, so that a slow channel carries less.
+#[derive(Debug)]
+pub struct PageSender {
+    lanes: Vec<Lane>,
+    options: StreamOptions,
+    next_round: u32,
+    failed: bool,
+}
+
+/// One channel and what its frames are made with.
+#[derive(Debug)]
+struct Lane {
+    channel: Channel,
+    frames: FrameSender,
+}
+
+impl PageSender {
+    /// A sender over these channels, on which nothing but a greeting was sent.
+    ///
+    /// # Errors
+    /// [`StreamError::NoChannel`].
+    pub fn new(channels: Vec<Channel>, options: StreamOptions) -> Result<Self, StreamError> {
+        if channels.is_empty() {
+            return Err(StreamError::NoChannel);
+        }
+        let lane = |channel| Lane {
+            channel,
+            frames: FrameSender::new(&options),
+        };
+        Ok(Self {
+            lanes: channels.into_iter().map(lane).collect(),
+            options,
+            next_round: 0,
+            failed: false,
+        })
+    }
+
+    /// Changes the limit, in bytes per second over all channels, for the rounds to come.
+    pub fn set_bandwidth(&mut self, bandwidth: Option<u64>) {
+        self.options.bandwidth = bandwidth;
+    }
+
+    /// Sends a round: first, on every channel, that pages older than it are gone (task and ranges),
+    /// then the pages of `tasks`. While the tasks are `running`, pages that have vanished are
+    /// skipped and counted, and pages may be torn: the caller sends them again in a later round.
+    /// Rounds are numbered from 0 without gaps.
+    ///
+    /// # Errors
+    /// The first [`StreamError`] of any channel; the others are shut down then, and no further
+    /// round can be sent.
+    pub fn send_round(
+        &mut self,
+        tasks: Vec<TaskPages>,
+        discard: &[(u32, Vec<PageRange>)],
+        round: u32,
+        running: bool,
+        wait: &Wait,
+    ) -> Result<RoundStats, StreamError> {
+        let start = Instant::now();
+        let reader = PageReader::new(tasks)?.running(running);
+        let mut stats =
+            self.on_all(|lane, group| lane.send(&reader, discard, round, group, wait))?;
+        self.next_round = round + 1;
+        stats.round = round;
+        stats.elapsed = start.elapsed();
+        Ok(stats)
+    }
+
+    /// Says on every channel that no round follows. Returns the channels, for what else may be sent
+    /// over them.
+    ///
+    /// # Errors
+    /// As [`Self::send_round`].
+    pub fn finish(mut self, wait: &Wait) -> Result<Vec<Channel>, StreamError> {
+        let round = self.next_round;
+        self.on_all(|lane, _| {
+            lane.end(round, 0, true, wait)?;
+            Ok(RoundStats::default())
+        })?;
+        Ok(self.lanes.into_iter().map(|lane| lane.channel).collect())
+    }
+
+    /// Does the same on all channels at once.
+    fn on_all(
+        &mut self,
+        work: impl Fn(&mut Lane, &Group) -> Result<RoundStats, StreamError> + Sync,
+    ) -> Result<RoundStats, StreamError> {
+        if self.failed {
+            return Err(StreamError::NoChannel);
+        }
+        let group = Group::new(&self.lanes)?;
+        let stats = thread::scope(|scope| {
+            let senders: Vec<_> = self
+                .lanes
+                .iter_mut()
+                .map(|lane| {
+                    let (group, work) = (&group, &work);
+                    scope.spawn(move || work(lane, group).map_err(|error| group.fail(error)))
+                })
+                .collect();
+            let mut sum = RoundStats::default();
+            for sender in senders {
+                match sender.join() {
+                    Ok(Ok(stats)) => sum.add(&stats),
+                    Ok(Err(())) => {}
+                    Err(_) => group.fail(StreamError::Panicked),
+                }
+            }
+            sum
+        });
+        let failure = group.failure.into_inner();
+        match failure.unwrap_or_else(PoisonError::into_inner) {
+            Some(error) => {
+                self.failed = true;
+                Err(error)
+            }
+            None => Ok(stats),
+        }
+    }
+}
+
+impl Lane {
+    /// Sends what this channel's thread gets hold of.
+    fn send(
+        &mut self,
+        reader: &PageReader,
+        discard: &[(u32, Vec<PageRange>)],
+        round: u32,
+        group: &Group,
+        wait: &Wait,
+    ) -> Result<RoundStats, StreamError> {
+        let before = self.channel.sent();
+        let mut stats = RoundStats::default();
+        // On every channel: what came over it before is gone once this has been read from it, so
+        // that no channel needs to wait for another.
+        for (task, ranges) in discard {
+            discard::send(&mut self.channel, *task, round, ranges, wait)?;
+        }
+        let mut chunk = Chunk::default();
+        while !group.failed.load(Ordering::Relaxed) && reader.read(&mut chunk)? {
+            stats.add(&self.frames.send(&mut self.channel, &chunk, round, wait)?);
+        }
+        self.end(round, stats.pages, false, wait)?;
+        stats.wire_bytes = self.channel.sent() - before;
+        Ok(stats)
+    }
+
+    fn end(
+        &mut self,
+        round: u32,
+        pages: u64,
+        last: bool,
+        wait: &Wait,
+    ) -> Result<(), TransportError> {
+        let end = RoundEnd { round, pages, last };
+        self.channel.send_message(Kind::RoundEnd, &end, wait)
+    }
+}
+
+/// The channels of one round: what fails on one ends all.
+struct Group {
+    handles: Vec<Channel>,
+    failed: AtomicBool,
+    failure: Mutex<Option<StreamError>>,
+}
+
+impl Group {
+    fn new(lanes: &[Lane]) -> Result<Self, TransportError> {
+        let clone = |lane: &Lane| {
+            let clone = lane.channel.try_clone();
+            clone.map_err(|source| TransportError::Broken {
+                peer: lane.channel.peer().to_owned(),
+                doing: "starting to send pages",
+                source,
+            })
+        };
+        Ok(Self {
+            handles: lanes.iter().map(clone).collect::<Result<_, _>>()?,
+            failed: AtomicBool::new(false),
+            failure: Mutex::new(None),
+        })
+    }
+
+    fn fail(&self, error: StreamError) {
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        // What follows is mostly the consequence of the shutdown.
+        failure.get_or_insert(error);
+        self.failed.store(true, Ordering::Relaxed);
+        for channel in &self.handles {
+            channel.shutdown();
+        }
+    }
+}
