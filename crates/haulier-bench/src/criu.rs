@@ -74,7 +74,6 @@ pub(crate) fn migrate(
         .args([way.name(), &criu.to_string_lossy(), &pid.to_string()])
         .args([ADDRESS, to.name(), PORT])
         .output(PATIENCE)?;
-    let restore = restore.finish(PATIENCE)?;
     let logs = || format!("{}{}", logs_of(from), logs_of(to));
     ensure!(
         dump.status.success(),
@@ -83,6 +82,7 @@ pub(crate) fn migrate(
         dump.stderr,
         logs()
     );
+    let restore = restore.finish(PATIENCE)?;
     ensure!(
         restore.status.success(),
         "CRIU's restore: {}{}",

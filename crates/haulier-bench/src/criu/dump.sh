@@ -14,7 +14,9 @@ dump() {
         --tcp-established --network-lock nftables --manage-cgroups=ignore "$@"
 }
 
-give_address() { ip addr del "$address/24" dev eth0; }
+give_address() {
+    ip addr del "$(ip -4 -o addr show to "$address" | awk '{ print $4 }')" dev eth0
+}
 send() { tar -b 2048 -cf - -C "$images" . | socat -u -b 1048576 - "TCP:$peer:$port"; }
 
 case $mode in

@@ -12,14 +12,15 @@ restore() {
 }
 
 # Sockets need the address before they are restored. Nobody is to hear of it before the target can
-# answer, or its clients' connections would be reset: level 8 does not answer ARP.
-echo 8 >/proc/sys/net/ipv4/conf/all/arp_ignore
+# answer, or its clients' connections would be reset: level 3 answers no ARP for addresses of
+# scope host.
+echo 3 >/proc/sys/net/ipv4/conf/all/arp_ignore
 socat -u -b 1048576 "TCP-LISTEN:$port,reuseaddr" - | tar -b 2048 -xf - &
 receiver=$!
 while ! ss -Htln "sport = :$port" | grep -q .; do sleep 0.01; done
 echo ready
 wait "$receiver"
-ip addr add "$address/24" dev eth0
+ip addr add "$address/32" dev eth0 scope host
 
 case $mode in
 copy) restore ;;
