@@ -38,7 +38,10 @@ pub(crate) fn find() -> PathBuf {
 
 /// Puts the scripts on a host.
 pub(crate) fn install(host: &Host) -> Result<()> {
-    let announce = include_str!("criu/announce.sh").replace("@ADDRESS@", ADDRESS);
+    let bench = std::env::current_exe()?;
+    let announce = include_str!("criu/announce.sh")
+        .replace("@BENCH@", &bench.to_string_lossy())
+        .replace("@ADDRESS@", &format!("{ADDRESS}/24@eth0"));
     host.write_file("/run/dump.sh", include_str!("criu/dump.sh"))?;
     host.write_file("/run/restore.sh", include_str!("criu/restore.sh"))?;
     host.write_file("/run/announce.sh", announce)?;

@@ -15,14 +15,18 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+use haulier_targets::network;
 
 use crate::record::Record;
 use crate::sections::Bench;
 use crate::settings::{Cli, Measure, Options, Settings};
 
 fn main() -> ExitCode {
-    let Measure::Memory(options) = Cli::parse().command;
-    match measure(options) {
+    let done = match Cli::parse().command {
+        Measure::Memory(options) => measure(options),
+        Measure::Announce { address } => network::announce(&address).map_err(Into::into),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: FAILED: {error:#}");

@@ -5,6 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
+use haulier_targets::network::MoveIp;
 
 use crate::criu;
 
@@ -19,6 +20,12 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Measure {
     Memory(Options),
+    /// Tell the network that an address is here: a part of CRIU's migration
+    #[command(hide = true)]
+    Announce {
+        /// As ADDRESS/PREFIX@INTERFACE
+        address: MoveIp,
+    },
 }
 
 /// How long a target in use is away while its memory moves, with haulier and with CRIU alone

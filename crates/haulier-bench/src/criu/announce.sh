@@ -3,4 +3,5 @@
 # that its first answer finds a client that sends here.
 [ "${CRTOOLS_SCRIPT_ACTION:-}" = pre-resume ] || exit 0
 echo 0 >/proc/sys/net/ipv4/conf/all/arp_ignore
-arping -q -U -c 1 -I eth0 @ADDRESS@
+# arping would keep the target waiting for a second.
+exec @BENCH@ announce @ADDRESS@
