@@ -287,3 +287,7 @@ fn as_phaul_does(policy: &Policy, mode: Mode, measured: &Measurements) -> Decisi
     }
 }
 
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
