@@ -156,12 +156,11 @@ mod tests {
     use super::*;
 
     fn fill(bank: &mut Bank<'_>, from: u32, pages: usize) {
-        let mut number = from;
         let (one, two) = bank.room(pages).unwrap();
         assert_eq!(one.len() + two.len(), pages * PAGE);
-        for page in one.chunks_mut(PAGE).chain(two.chunks_mut(PAGE)) {
+        let room = one.chunks_mut(PAGE).chain(two.chunks_mut(PAGE));
+        for (number, page) in (from..).zip(room) {
             page[..4].copy_from_slice(&number.to_le_bytes());
-            number += 1;
         }
         bank.added(pages);
     }

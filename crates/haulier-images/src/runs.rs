@@ -183,8 +183,8 @@ mod tests {
         assert!(one(1, 0));
         assert!(!one(0, 0), "no pages");
         assert!(!one(1, 1), "a zero run with a number");
-        assert!(!one(3 << COUNT_BITS | 1, 0), "an unknown kind");
-        assert!(!one(2 << COUNT_BITS | MOST_PAGES, 0), "contents missing");
+        assert!(!one((3 << COUNT_BITS) | 1, 0), "an unknown kind");
+        assert!(!one((2 << COUNT_BITS) | MOST_PAGES, 0), "contents missing");
     }
 
     #[test]

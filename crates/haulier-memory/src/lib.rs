@@ -10,6 +10,7 @@ pub mod mappings;
 pub mod page;
 pub mod ranges;
 pub mod reader;
+pub mod shared;
 pub mod store;
 pub mod stream;
 
