@@ -59,7 +59,11 @@ pub(crate) struct Agents {
 
 impl Agents {
     /// Readies both hosts for a contender.
-    pub(crate) fn start(stage: &Stage, contender: Contender, settings: &Settings) -> Result<Agents> {
+    pub(crate) fn start(
+        stage: &Stage,
+        contender: Contender,
+        settings: &Settings,
+    ) -> Result<Agents> {
         let hosts = [stage.lab.host(1), stage.lab.host(2)];
         let mut agents = Agents::default();
         for host in hosts {
@@ -80,7 +84,10 @@ impl Agents {
 
     /// What haulier's servers said.
     pub(crate) fn logs(&self) -> String {
-        let logs = self.servers.iter().filter_map(|server| server.stderr().ok());
+        let logs = self
+            .servers
+            .iter()
+            .filter_map(|server| server.stderr().ok());
         logs.collect::<Vec<_>>().join("\n")
     }
 }
@@ -135,7 +142,14 @@ fn by_haulier(
     let destination = format!("{to}:{HAULIER_PORT}");
     let moved_ip = format!("{ADDRESS}/24@eth0");
     let mut command = haulier(stage.source().command(&settings.haulier), settings)
-        .args(["migrate", &pid, &destination, "--move-ip", &moved_ip, "--json"])
+        .args([
+            "migrate",
+            &pid,
+            &destination,
+            "--move-ip",
+            &moved_ip,
+            "--json",
+        ])
         .args(options);
     if settings.has_modes {
         command = command.args(["--mode", mode]);

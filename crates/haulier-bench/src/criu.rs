@@ -33,7 +33,8 @@ impl Way {
 
 /// CRIU as haulier would find it.
 pub(crate) fn find() -> PathBuf {
-    std::env::var_os("HAULIER_CRIU").map_or_else(|| "/opt/haulier/criu/sbin/criu".into(), PathBuf::from)
+    std::env::var_os("HAULIER_CRIU")
+        .map_or_else(|| "/opt/haulier/criu/sbin/criu".into(), PathBuf::from)
 }
 
 /// Puts the scripts on a host.

@@ -82,9 +82,15 @@ impl Settings {
             .args(["migrate", "--help"])
             .output()
             .with_context(|| format!("cannot run {}", haulier.display()))?;
-        ensure!(help.status.success(), "{} is not haulier", haulier.display());
+        ensure!(
+            help.status.success(),
+            "{} is not haulier",
+            haulier.display()
+        );
         let help = String::from_utf8_lossy(&help.stdout);
-        let mib = options.memory.unwrap_or(if options.quick { 256 } else { 1024 });
+        let mib = options
+            .memory
+            .unwrap_or(if options.quick { 256 } else { 1024 });
         Ok(Settings {
             runs: if options.quick { 1 } else { options.runs },
             quick: options.quick,

@@ -12,6 +12,8 @@ use crate::writer::{fill, keys_for};
 /// The address that moves.
 pub(crate) const ADDRESS: &str = "10.77.0.100";
 const PORT: u16 = 6379;
+/// 4 GiB of memory that the machine's host has yet to provide take a minute.
+const FILLING: Duration = Duration::from_secs(180);
 
 /// Two hosts between which a target moves, and a third for its clients.
 pub(crate) struct Stage {
@@ -69,7 +71,11 @@ impl Stage {
             std::thread::sleep(Duration::from_millis(5));
         }
         ensure!(to.process_alive(pid), "{pid} is not on {}", to.name());
-        ensure!(!from.process_alive(pid), "{pid} is still on {}", from.name());
+        ensure!(
+            !from.process_alive(pid),
+            "{pid} is still on {}",
+            from.name()
+        );
         Ok(())
     }
 }
@@ -78,7 +84,9 @@ impl Stage {
 pub(crate) fn sent_bytes(host: &Host) -> Result<u64> {
     let path = "/sys/class/net/eth0/statistics/tx_bytes";
     let text = String::from_utf8_lossy(&host.read_file(path)?).into_owned();
-    text.trim().parse().with_context(|| format!("{path}: {text}"))
+    text.trim()
+        .parse()
+        .with_context(|| format!("{path}: {text}"))
 }
 
 /// Resident memory of a process, in bytes.
@@ -92,6 +100,49 @@ pub(crate) fn resident(host: &Host, pid: i32) -> Result<u64> {
         .and_then(|number| number.parse::<u64>().ok())
         .context("no RssAnon in a process's status")?;
     Ok(kib * 1024)
+}
+
+/// Starts a memory workload of haulier-lab on the stage's source, and waits until its memory is
+/// there.
+pub(crate) fn start_workload(
+    stage: &Stage,
+    workload: &[&str],
+    pages_per_second: &str,
+    memory: u64,
+) -> Result<i32> {
+    let host = stage.source();
+    let process = host
+        .command(haulier_lab::program()?)
+        .arg("workload")
+        .args(workload)
+        .args(["--pages-per-second", pages_per_second])
+        .setsid()
+        .cgroup("bench")
+        .spawn()?;
+    let until = Instant::now() + FILLING;
+    while resident(host, process.pid())? < memory {
+        ensure!(
+            Instant::now() < until,
+            "{workload:?} does not fill its memory"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(process.pid())
+}
+
+/// Starts a workload whose memory is random and mostly clean: 100 pages a second are rewritten.
+pub(crate) fn start_threads(stage: &Stage, memory: u64) -> Result<i32> {
+    let mib = (memory >> 20).to_string();
+    let threads = [
+        "threads",
+        "--threads",
+        "1",
+        "--memory",
+        &mib,
+        "--report",
+        "/dev/null",
+    ];
+    start_workload(stage, &threads, "100", memory)
 }
 
 /// A Redis with random values of 1 KB.

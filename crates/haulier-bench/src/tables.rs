@@ -8,39 +8,135 @@ use crate::record::Record;
 /// A column: its title, the figure, and how many digits it has after the point.
 type Column = (&'static str, &'static str, usize);
 
-const REDIS: [Column; 9] = [
-    ("longest gap ms", "gap_ms", 0),
-    ("downtime ms", "downtime_ms", 0),
-    ("lost s", "lost_s", 2),
-    ("of it since gap", "lost_since_gap_s", 2),
-    ("95 % after s", "back_s", 1),
-    ("command s", "command_s", 1),
-    ("rounds %", "during_rounds_percent", 0),
-    ("wire MiB", "wire_mib", 0),
-    ("usual gap ms", "usual_gap_ms", 1),
+/// What a table is about, and its columns.
+struct Table {
+    section: &'static str,
+    title: &'static str,
+    columns: &'static [Column],
+}
+
+const TABLES: [Table; 6] = [
+    Table {
+        section: "redis/",
+        title: "Redis, one client that writes 1 KB values without pause",
+        columns: &[
+            ("longest gap ms", "gap_ms", 0),
+            ("lost s", "lost_s", 2),
+            ("since the gap", "lost_since_gap_s", 2),
+            ("95 % after s", "back_s", 1),
+            ("command s", "command_s", 1),
+            ("in rounds %", "during_rounds_percent", 0),
+            ("answers/s", "normal_per_s", 0),
+            ("usual gap ms", "usual_gap_ms", 1),
+        ],
+    },
+    Table {
+        section: "redis/",
+        title: "The same: haulier's downtime, and its parts in ms",
+        columns: &[
+            ("downtime", "downtime_ms", 0),
+            ("expected", "predicted_ms", 0),
+            ("freeze", "freeze_ms", 1),
+            ("dump", "dump_ms", 1),
+            ("send", "send_ms", 1),
+            ("restore", "restore_ms", 1),
+            ("commit", "commit_ms", 1),
+            ("rounds", "rounds", 0),
+        ],
+    },
+    Table {
+        section: "redis/",
+        title: "The same: bytes on the wire, and faults that waited for the source",
+        columns: &[
+            ("memory MiB", "memory_mib", 0),
+            ("rewritten", "rewritten_mib", 0),
+            ("wire", "wire_mib", 0),
+            ("ratio", "wire_ratio", 3),
+            ("faults", "remote_faults", 0),
+            ("median us", "remote_fault_median_us", 0),
+            ("99 % us", "remote_fault_p99_us", 0),
+            ("all median us", "fault_median_us", 0),
+            ("99 % us", "fault_p99_us", 0),
+        ],
+    },
+    Table {
+        section: "clients/",
+        title: "100 TCP clients and one over UDP, each sending every 5 ms",
+        columns: &[
+            ("longest wait ms", "tcp_longest_ms", 0),
+            ("usual ms", "usual_longest_ms", 0),
+            ("UDP longest ms", "udp_longest_ms", 0),
+            ("UDP lost", "udp_lost", 0),
+            ("doubled", "udp_doubled", 0),
+            ("TCP lost", "tcp_lost", 0),
+            ("errors", "errors", 0),
+            ("downtime ms", "downtime_ms", 0),
+        ],
+    },
+    Table {
+        section: "bulk/",
+        title: "Bulk rate of memory, payload",
+        columns: &[
+            ("haulier Mbit/s", "haulier_mbit", 0),
+            ("iperf3 Mbit/s", "iperf3_mbit", 0),
+            ("of iperf3 %", "of_iperf3_percent", 0),
+            ("of the line %", "of_line_percent", 1),
+            ("iperf3 of it %", "iperf3_of_line_percent", 1),
+        ],
+    },
+    Table {
+        section: "growth/",
+        title: "Downtime of memory that is mostly clean, and its parts in ms",
+        columns: &[
+            ("downtime", "downtime_ms", 1),
+            ("freeze", "freeze_ms", 1),
+            ("dump", "dump_ms", 1),
+            ("send", "send_ms", 1),
+            ("restore", "restore_ms", 1),
+            ("commit", "commit_ms", 1),
+            ("all", "total_ms", 0),
+        ],
+    },
 ];
 
 /// All tables for which there are figures.
 pub(crate) fn all(record: &Record) -> String {
     let mut text = String::new();
-    table(&mut text, record, "redis", "One client that writes 1 KB values to Redis", &REDIS);
+    for Table {
+        section,
+        title,
+        columns,
+    } in TABLES
+    {
+        table(&mut text, record, section, title, columns);
+    }
     text
 }
 
 fn table(text: &mut String, record: &Record, section: &str, title: &str, columns: &[Column]) {
-    let cases = record.cases(section);
+    let mut cases = record.cases(section);
+    // A peer has nothing to say of haulier's downtime.
+    cases.retain(|case| {
+        let known = |(_, figure, _): &Column| record.spread(case, figure).is_some();
+        columns.iter().any(known) || record.of(case).any(|run| run.failed.is_some())
+    });
     if cases.is_empty() {
         return;
     }
     let mut rows = vec![Vec::new()];
     for (title, _, _) in columns {
-        rows.iter_mut().for_each(|row| row.push((*title).to_owned()));
+        rows.iter_mut()
+            .for_each(|row| row.push((*title).to_owned()));
     }
     if let Some(head) = rows.first_mut() {
         head.insert(0, String::new());
     }
     for case in cases {
-        let mut row = vec![case.split_once('/').map_or(case, |(_, rest)| rest).to_owned()];
+        let mut row = vec![
+            case.split_once('/')
+                .map_or(case, |(_, rest)| rest)
+                .to_owned(),
+        ];
         for (_, figure, digits) in columns {
             let figure = record.spread(case, figure);
             row.push(figure.map_or_else(|| "-".to_owned(), |figure| words(figure, *digits)));

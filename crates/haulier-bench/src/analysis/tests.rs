@@ -37,7 +37,10 @@ fn a_gap_is_lost_service_of_its_length() {
 #[test]
 fn slow_service_after_the_gap_is_lost_in_part() {
     let mut answers: Vec<u64> = steady(0..2 * SECOND, MS).collect();
-    answers.extend(steady(2 * SECOND + 300 * MS..6 * SECOND + 300 * MS, 10 * MS));
+    answers.extend(steady(
+        2 * SECOND + 300 * MS..6 * SECOND + 300 * MS,
+        10 * MS,
+    ));
     answers.extend(steady(6 * SECOND + 300 * MS..9 * SECOND, MS));
     let seen = service(&answers, 0..2 * SECOND).unwrap();
     // 0.3 s of nothing, and 4 s at a tenth.

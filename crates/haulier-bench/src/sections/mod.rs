@@ -1,11 +1,16 @@
 //! What is measured, a file each.
 
+mod bulk;
+mod clients;
+mod growth;
 mod redis;
 
 use anyhow::{Error, Result};
 use serde_json::{Value, json};
 
+use crate::contender::Contender;
 use crate::record::{Record, Run};
+use crate::report::Told;
 use crate::settings::Settings;
 
 /// The links between the hosts.
@@ -36,7 +41,25 @@ pub(crate) struct Bench {
 impl Bench {
     /// Measures everything asked for.
     pub(crate) fn run(&mut self) -> Result<()> {
-        redis::run(self)
+        redis::run(self)?;
+        clients::run(self)?;
+        bulk::run(self)?;
+        growth::run(self)
+    }
+
+    /// Cases of the two links and all contenders that are asked for and possible.
+    fn cases(&self, section: &str) -> Vec<(String, Link, Contender)> {
+        let all = LINKS
+            .into_iter()
+            .flat_map(|link| Contender::ALL.map(|contender| (link, contender)));
+        all.map(|(link, contender)| {
+            let case = format!("{section}/{}/{}", link.name, contender.name());
+            (case, link, contender)
+        })
+        .filter(|(case, _, contender)| {
+            self.settings.wants(case) && contender.is_available(&self.settings)
+        })
+        .collect()
     }
 
     /// Progress, beside the tables.
@@ -55,9 +78,15 @@ impl Bench {
 /// What the figures were measured on.
 pub(crate) fn machine(settings: &Settings) -> Value {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let processor = read("/proc/cpuinfo")
-        .lines()
-        .find_map(|line| Some(line.strip_prefix("model name")?.split_once(':')?.1.trim().to_owned()));
+    let processor = read("/proc/cpuinfo").lines().find_map(|line| {
+        Some(
+            line.strip_prefix("model name")?
+                .split_once(':')?
+                .1
+                .trim()
+                .to_owned(),
+        )
+    });
     json!({
         "kernel": read("/proc/sys/kernel/osrelease").trim(),
         "processor": processor,
@@ -67,4 +96,22 @@ pub(crate) fn machine(settings: &Settings) -> Value {
         "criu": settings.criu,
         "haulier": settings.haulier,
     })
+}
+
+/// Source phases and destination steps that are part of the downtime, as haulier reports them.
+const PHASES: [(&str, &str); 5] = [
+    ("freeze", "freeze_ms"),
+    ("dump", "dump_ms"),
+    ("send", "send_ms"),
+    ("restore", "restore_ms"),
+    ("commit", "commit_ms"),
+];
+
+/// Notes where the downtime went.
+fn put_phases(run: &mut Run, told: &Told<'_>) {
+    for (name, time) in told.steps("phases") {
+        if let Some((_, figure)) = PHASES.iter().find(|(phase, _)| *phase == name) {
+            run.put(figure, time);
+        }
+    }
 }

@@ -9,7 +9,7 @@ use crate::analysis::{BIN, rate, service};
 use crate::contender::{Agents, Contender, Moved, migrate};
 use crate::record::Run;
 use crate::report::Told;
-use crate::sections::{Bench, LINKS, Link};
+use crate::sections::{Bench, Link, put_phases};
 use crate::stage::{Redis, Stage, resident, sent_bytes};
 use crate::writer::Writer;
 
@@ -22,13 +22,8 @@ const RECOVERY: Duration = Duration::from_secs(20);
 const ANSWER: u64 = 5 + 32 + 20 + 14;
 
 pub(crate) fn run(bench: &mut Bench) -> Result<()> {
-    for link in LINKS {
-        for contender in Contender::ALL {
-            let case = format!("{NAME}/{}/{}", link.name, contender.name());
-            if bench.settings.wants(&case) && contender.is_available(&bench.settings) {
-                case_runs(bench, &case, link, contender)?;
-            }
-        }
+    for (case, link, contender) in bench.cases(NAME) {
+        case_runs(bench, &case, link, contender)?;
     }
     Ok(())
 }
@@ -94,13 +89,14 @@ impl Ready {
         let lost_connection = writer.has_ended();
         let answers = writer.stop()?;
         ensure!(!lost_connection, "the client lost its connection");
-        figures(run, &answers, before, &moved, memory, wire)?;
+        figures(run, contender, &answers, before, &moved, memory, wire)?;
         Ok(self)
     }
 }
 
 fn figures(
     run: &mut Run,
+    contender: Contender,
     answers: &[u64],
     before: std::ops::Range<u64>,
     moved: &Moved,
@@ -125,16 +121,27 @@ fn figures(
     run.put("wire_mib", wire as f64 / f64::from(1 << 20));
 
     let told = Told(&moved.report);
-    run.put("downtime_ms", told.downtime_ms());
-    run.put("rounds", told.rounds());
-    run.put("faults", told.faults());
-    run.put("fault_median_us", told.fault_us(0.5));
-    run.put("fault_p99_us", told.fault_us(0.99));
-    if let Some(rewritten) = told.rewritten_bytes() {
+    run.put("downtime_ms", told.number("downtime_ms"));
+    run.put("predicted_ms", told.number("predicted_ms"));
+    run.put("rounds", told.round_count());
+    run.put("remote_faults", told.number("faults.remote"));
+    run.put("fault_median_us", told.fault_us("histogram", 0.5));
+    run.put("fault_p99_us", told.fault_us("histogram", 0.99));
+    run.put(
+        "remote_fault_median_us",
+        told.fault_us("remote_histogram", 0.5),
+    );
+    run.put(
+        "remote_fault_p99_us",
+        told.fault_us("remote_histogram", 0.99),
+    );
+    put_phases(run, &told);
+    if let (Contender::Haulier(_), Some(rewritten)) = (contender, told.rewritten()) {
         run.put("rewritten_mib", rewritten / f64::from(1 << 20));
         run.put("wire_ratio", wire as f64 / (memory as f64 + rewritten));
     }
-    if let Some(start) = told.rounds_begin_ms() {
+    if let Some((start, _)) = told.rounds_ms() {
+        // Until the client was served no more: haulier's clock began a little after ours.
         let start = began + (start * 1e6) as u64;
         if start + BIN < seen.gap.start {
             let share = rate(answers, start..seen.gap.start) / seen.normal;
