@@ -9,14 +9,18 @@
 //! which unregisters its memory. **Closing one earlier makes the missing pages zero**: on failure
 //! kill the tasks first, then [`LazyPagesHandle::stop`].
 
+mod desk;
 mod fill;
+pub mod guard;
 mod serve;
 mod shared;
+mod sink;
 mod space;
 mod stats;
 mod todo;
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -27,8 +31,12 @@ use haulier_criu::lazy_socket::{LazyListener, LazySocketError};
 
 use crate::page::PageRange;
 use crate::store::PageStore;
+use crate::ranges::RangeSet;
+use desk::Desk;
+use guard::Guard;
 use shared::Shared;
-pub use stats::FillStats;
+pub use sink::FaultSink;
+pub use stats::{FillStats, Latency};
 use todo::Todo;
 
 /// Which pages the restored tasks lack: the skeleton's word on what exists.
@@ -132,16 +140,24 @@ pub enum LazyError {
 }
 
 /// A daemon that listens and does not serve yet.
-#[derive(Debug)]
 pub struct LazyPages {
     listener: LazyListener,
     options: Options,
+    sink: Option<Arc<dyn FaultSink>>,
+    guard: Option<Guard>,
+}
+
+impl fmt::Debug for LazyPages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LazyPages").finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Options {
     fill_threads: usize,
-    /// Pages placed by one COPY of the bulk fill: 2 MiB, beyond which nothing is gained.
+    /// Pages placed by one COPY of the bulk fill. Events cannot be read meanwhile, so that a fault
+    /// waits for it; 128 KiB take some 40 us, and more at once are not placed faster.
     chunk_pages: u64,
     /// Pages placed around a fault, from the faulting one on: 64 KiB cost 20 us instead of 4.
     fault_pages: u64,
@@ -155,12 +171,14 @@ impl LazyPages {
     pub fn listen(work_dir: &Path) -> Result<Self, LazyError> {
         let options = Options {
             fill_threads: 2,
-            chunk_pages: 512,
+            chunk_pages: 32,
             fault_pages: 16,
         };
         Ok(Self {
             listener: LazyListener::bind(work_dir)?,
             options,
+            sink: None,
+            guard: None,
         })
     }
 
@@ -168,6 +186,21 @@ impl LazyPages {
     #[must_use]
     pub fn fill_threads(mut self, threads: usize) -> Self {
         self.options.fill_threads = threads.max(1);
+        self
+    }
+
+    /// Has `sink` asked for pages that tasks wait for and that have not arrived.
+    #[must_use]
+    pub fn faults_to(mut self, sink: Arc<dyn FaultSink>) -> Self {
+        self.sink = Some(sink);
+        self
+    }
+
+    /// Has `guard` hold every task's userfaultfd too, until everything is placed: if this process
+    /// dies before, the guard kills the tasks instead of letting them see zeros.
+    #[must_use]
+    pub fn guarded_by(mut self, guard: Guard) -> Self {
+        self.guard = Some(guard);
         self
     }
 
@@ -190,7 +223,12 @@ impl LazyPages {
         for task in &map.tasks {
             store.retain(task.vpid, &task.ranges);
         }
-        let shared = Shared::new(store, expected, self.options)?;
+        let desk = Desk {
+            sink: self.sink,
+            guard: self.guard,
+            ..Desk::new(store)
+        };
+        let shared = Shared::new(desk, expected, self.options)?;
         let mut handle = LazyPagesHandle {
             shared: shared.clone(),
             threads: Vec::new(),
@@ -240,13 +278,20 @@ impl LazyPagesHandle {
         self.shared.restore_finished()
     }
 
+    /// What the tasks still lack and the store does not have either, by task, in the addresses of
+    /// the image: what is to be sent again after the link broke. Pages that are being received must
+    /// not be under way: end the receiving threads first.
+    pub fn missing(&self) -> Vec<(u32, RangeSet)> {
+        self.shared.missing()
+    }
+
     /// What was placed so far.
     pub fn stats(&self) -> FillStats {
         self.shared.stats()
     }
 
     /// Ends all threads and closes everything. Where pages are still missing, kill the tasks first:
-    /// what is missing reads as zero from now on.
+    /// what is missing reads as zero from now on. A guard kills them first.
     pub fn stop(self) {}
 
     fn spawn(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), LazyError> {
@@ -268,6 +313,11 @@ impl Drop for LazyPagesHandle {
         for thread in self.threads.drain(..) {
             // A panic was recorded as the daemon's failure.
             let _ = thread.join();
+        }
+        if let Some(guard) = self.shared.desk.guard.as_ref() {
+            if !self.shared.is_complete() {
+                guard.abandon();
+            }
         }
         self.shared.close_all();
     }

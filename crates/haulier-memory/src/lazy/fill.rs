@@ -1,7 +1,9 @@
 //! The bulk fill: threads that place whatever has arrived.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use haulier_sys::priority;
 
 use super::LazyError;
 use super::shared::{PanicGuard, Shared};
@@ -12,12 +14,18 @@ use crate::page::PAGE;
 /// goes on microseconds after its event was read, and says so to nobody.
 const AGAIN: Duration = Duration::from_millis(1);
 
+/// How often the store is searched for what nobody needs: it matters only when it runs full.
+const PRUNE: Duration = Duration::from_millis(100);
+
 /// A look at everything from time to time, although every change wakes.
 const IDLE: Duration = Duration::from_secs(1);
 
 /// Body of the filling thread number `index`.
 pub(super) fn run(shared: &Shared, index: usize) {
     let _guard = PanicGuard(shared);
+    // Those who answer faults go first.
+    let _ = priority::bulk();
+    let mut pruned = Instant::now();
     while let Some((version, spaces)) = shared.work() {
         let mut pass = Pass::default();
         // Each thread starts elsewhere, so that they meet in one address space only in the end.
@@ -32,7 +40,12 @@ pub(super) fn run(shared: &Shared, index: usize) {
         shared.worked(pass.placed);
         if pass.placed {
             continue;
-        } else if pass.again {
+        }
+        if index == 0 && pruned.elapsed() >= PRUNE && shared.desk.store.used() > 0 {
+            shared.prune();
+            pruned = Instant::now();
+        }
+        if pass.again {
             shared.wait(version, AGAIN);
         } else {
             shared.wait(version, IDLE);
@@ -51,13 +64,13 @@ fn fill(shared: &Shared, space: &Arc<Space>, pass: &mut Pass) -> Result<(), Lazy
     let mut from = 0;
     while !shared.is_stopping() {
         let pages = shared.options.chunk_pages;
-        match space.place(&shared.store, from, false, pages, &shared.counters)? {
+        match space.place(&shared.desk, from, false, pages)? {
             Step::Next(next) => {
                 pass.placed = true;
                 from = next;
             }
             Step::NotHere(Some(next)) => from = next,
-            Step::NotHere(None) | Step::Nothing => break,
+            Step::NotHere(None) | Step::Missing(_) | Step::Nothing => break,
             Step::Changing => {
                 pass.again = true;
                 break;

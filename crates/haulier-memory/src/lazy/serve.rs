@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use haulier_criu::lazy_socket::{LazyConnection, LazyListener, LazySocketError, Message};
+use haulier_sys::priority;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
@@ -24,6 +25,10 @@ enum Criu {
 /// Body of the serving thread. Ends when told to, or when all is placed and CRIU has finished.
 pub(super) fn run(shared: &Shared, listener: LazyListener) {
     let _guard = PanicGuard(shared);
+    // A task stands still while this thread waits for its turn.
+    if let Err(error) = priority::urgent() {
+        tracing::debug!(%error, "faults are answered at the usual priority");
+    }
     let mut criu = Criu::Awaited(listener);
     let mut again = false;
     while !shared.is_stopping() {
@@ -57,7 +62,7 @@ pub(super) fn run(shared: &Shared, listener: LazyListener) {
                     shared.fail(error);
                 }
             }
-            waiting |= !space.todo().waiting.is_empty();
+            waiting |= space.has_waiters();
         }
         if !waiting {
             shared.parked.store(false, Ordering::SeqCst);
@@ -95,7 +100,7 @@ fn wait(
     let limit = if again {
         Timespec {
             tv_sec: 0,
-            tv_nsec: 1_000_000,
+            tv_nsec: 250_000,
         }
     } else {
         Timespec {
@@ -139,7 +144,7 @@ fn hear(shared: &Shared, criu: &mut Criu) -> Result<(), LazyError> {
         match message {
             Message::Task { vpid, uffd } => {
                 let todo: Todo = shared.meet(vpid)?;
-                shared.add(Space::new(vpid, uffd, todo)?);
+                shared.add(Space::new(vpid, uffd, todo, &shared.desk)?);
             }
             Message::Zombie { vpid } => {
                 shared.meet(vpid)?;
@@ -158,10 +163,10 @@ fn serve(shared: &Shared, space: &Space, readable: bool) -> Result<bool, LazyErr
     if readable {
         // The end of this also wakes a filling thread that waits for the event to be gone.
         shared.take_in(|| -> Result<(), LazyError> {
-            let children = space.read_events(&shared.store, &shared.counters)?;
+            let children = space.read_events(&shared.desk)?;
             children.into_iter().for_each(|child| shared.add(child));
             Ok(())
         })?;
     }
-    space.answer(&shared.store, shared.options.fault_pages, &shared.counters)
+    space.answer(&shared.desk, shared.options.fault_pages)
 }

@@ -1,6 +1,6 @@
 //! What the daemon's threads share, and how they wait for one another.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,19 +9,21 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::desk::Desk;
 use super::space::Space;
-use super::stats::{Counters, FillStats};
+use super::stats::FillStats;
 use super::todo::Todo;
 use super::{LazyError, Options};
-use crate::store::{PageStore, Watcher};
+use crate::page::{PAGE, PageRange};
+use crate::ranges::RangeSet;
+use crate::store::{Lookup, Watcher};
 
 pub(super) struct Shared {
-    pub(super) store: Arc<PageStore>,
+    pub(super) desk: Desk,
     pub(super) options: Options,
-    pub(super) counters: Counters,
     /// Wakes the serving thread from its poll.
     pub(super) wake: OwnedFd,
-    /// Faults wait for pages to arrive: an arrival has to wake the serving thread.
+    /// Faults wait for pages to arrive: who brings pages looks whether they are the ones.
     pub(super) parked: AtomicBool,
     stopping: AtomicBool,
     state: Mutex<State>,
@@ -70,14 +72,14 @@ impl Watcher for Shared {
     fn arrived(&self) {
         self.bump(&mut self.state());
         if self.parked.load(Ordering::SeqCst) {
-            self.wake();
+            self.answer_parked();
         }
     }
 }
 
 impl Shared {
     pub(super) fn new(
-        store: Arc<PageStore>,
+        desk: Desk,
         expected: HashMap<u32, Todo>,
         options: Options,
     ) -> Result<Arc<Self>, LazyError> {
@@ -87,10 +89,10 @@ impl Shared {
                 source: errno.into(),
             }
         })?;
+        let store = desk.store.clone();
         let shared = Arc::new(Self {
-            store: store.clone(),
+            desk,
             options,
-            counters: Counters::default(),
             wake,
             parked: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
@@ -223,6 +225,10 @@ impl Shared {
         let all_met = !state.taking_in && state.expected.values().all(Todo::is_done);
         if state.spaces.is_empty() && all_met {
             state.complete = true;
+            // At once: from here on the tasks need nothing of this process.
+            if let Some(guard) = &self.desk.guard {
+                guard.complete();
+            }
             self.bump(&mut state);
             self.wake();
             return None;
@@ -241,6 +247,97 @@ impl Shared {
         }
     }
 
+    /// Answers the faults that wait, in the thread that has brought pages: to wake the serving thread
+    /// for it would make the task wait for one more turn on the processor.
+    fn answer_parked(&self) {
+        let spaces: Vec<_> = {
+            let mut state = self.state();
+            state.holders += 1;
+            let parked = |space: &&Arc<Space>| !space.is_broken() && space.has_waiters();
+            state.spaces.iter().filter(parked).cloned().collect()
+        };
+        let mut again = false;
+        for space in &spaces {
+            match space.answer(&self.desk, self.options.fault_pages) {
+                Ok(more) => again |= more,
+                Err(error) => {
+                    space.set_broken();
+                    self.fail(error);
+                }
+            }
+        }
+        let any = !spaces.is_empty();
+        drop(spaces);
+        self.worked(any);
+        if again {
+            self.wake();
+        }
+    }
+
+    /// What neither was placed nor has arrived, by task. Meant for when nothing arrives.
+    pub(super) fn missing(&self) -> Vec<(u32, RangeSet)> {
+        let state = self.settled_state();
+        let mut missing: BTreeMap<u32, RangeSet> = BTreeMap::new();
+        let met = state.spaces.iter().map(|space| (space.vpid, space.todo()));
+        for (vpid, todo) in met {
+            self.add_missing(vpid, &todo, missing.entry(vpid).or_default());
+        }
+        for (vpid, todo) in &state.expected {
+            self.add_missing(*vpid, todo, missing.entry(*vpid).or_default());
+        }
+        missing.retain(|_, set| !set.is_empty());
+        missing.into_iter().collect()
+    }
+
+    /// Under the lock of `todo`, so that nothing of it is placed and dropped from the store
+    /// meanwhile. What a thread has in hand has arrived.
+    fn add_missing(&self, vpid: u32, todo: &Todo, missing: &mut RangeSet) {
+        for part in todo.unclaimed() {
+            let (mut at, end) = (part.image, part.image_range().end());
+            while at < end {
+                let range = PageRange::between(at, end);
+                at = match self.desk.store.lookup(vpid, at, range.pages) {
+                    Lookup::Absent { next, .. } => {
+                        let next = next.map_or(end, |next| next.min(end));
+                        missing.insert(PageRange::between(at, next));
+                        next
+                    }
+                    here => at + here.pages() * PAGE,
+                };
+            }
+        }
+    }
+
+    /// Drops from the store what no task will need any more: pages that came after their memory was
+    /// unmapped or its task had gone, and those that a task and its fork have both placed.
+    pub(super) fn prune(&self) {
+        // Held throughout: a forked child is taken in behind it, with what its parent lacked then.
+        let state = self.settled_state();
+        let mut needed: BTreeMap<u32, RangeSet> = BTreeMap::new();
+        for space in &state.spaces {
+            let images = needed.entry(space.vpid).or_default();
+            images.extend(space.todo().images());
+        }
+        let store = &self.desk.store;
+        store.retain_tasks(|task| needed.contains_key(&task) || state.expected.contains_key(&task));
+        for (task, images) in needed {
+            let ranges: Vec<_> = images.iter().collect();
+            store.retain(task, &ranges);
+        }
+    }
+
+    /// The state, with every address space in its list that anybody has.
+    fn settled_state(&self) -> MutexGuard<'_, State> {
+        let taking_in = |state: &mut State| state.taking_in;
+        let settled = self.changed.wait_while(self.state(), taking_in);
+        settled.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether everything is placed.
+    pub(super) fn is_complete(&self) -> bool {
+        self.state().complete
+    }
+
     /// Lets go of address spaces that are full or gone.
     fn release_done(&self, state: &mut State) {
         let (open, done): (Vec<_>, Vec<_>) = std::mem::take(&mut state.spaces)
@@ -253,7 +350,7 @@ impl Shared {
             }
             // While a fork and its parent both lack pages neither gives any back.
             if !state.spaces.iter().any(|other| other.vpid == space.vpid) {
-                self.store.retain(space.vpid, &[]);
+                self.desk.store.retain(space.vpid, &[]);
             }
         }
         if !done.is_empty() {
@@ -290,7 +387,7 @@ impl Shared {
     }
 
     pub(super) fn stats(&self) -> FillStats {
-        self.counters.snapshot(&self.state().gone)
+        self.desk.counters.snapshot(&self.state().gone)
     }
 
     pub(super) fn wait_filled(&self, deadline: Instant) -> Result<FillStats, LazyError> {
@@ -305,7 +402,7 @@ impl Shared {
             return Err(LazyError::Failed);
         }
         if state.is_released() {
-            return Ok(self.counters.snapshot(&state.gone));
+            return Ok(self.desk.counters.snapshot(&state.gone));
         }
         let met = state
             .spaces
@@ -338,6 +435,7 @@ impl Drop for PanicGuard<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::PageStore;
 
     #[test]
     fn nothing_is_complete_while_a_descriptor_is_taken_in() {
@@ -346,8 +444,8 @@ mod tests {
             chunk_pages: 1,
             fault_pages: 1,
         };
-        let shared =
-            Shared::new(Arc::new(PageStore::new(1 << 20)), HashMap::new(), options).unwrap();
+        let desk = Desk::new(Arc::new(PageStore::new(1 << 20)));
+        let shared = Shared::new(desk, HashMap::new(), options).unwrap();
         assert!(shared.take_in(|| shared.work()).is_some());
         assert!(shared.work().is_none());
     }

@@ -8,10 +8,11 @@ use std::time::Duration;
 use haulier_sys::userfaultfd::{Event, Obstacle, PlaceError, Userfaultfd};
 
 use super::LazyError;
-use super::stats::Counters;
+use super::desk::Desk;
+use super::guard::Held;
 use super::todo::{Part, Todo};
 use crate::page::{PAGE, PAGE_BYTES};
-use crate::store::{Lookup, PageData, PageStore};
+use crate::store::{Lookup, PageData};
 
 /// How long a page may lie in unregistered memory until it counts as an error: an `munmap` takes
 /// effect before its event can be read.
@@ -23,6 +24,8 @@ pub(super) struct Space {
     /// The task whose dump has the contents; for a forked child, its parent.
     pub(super) vpid: u32,
     uffd: Userfaultfd,
+    /// The guard's duplicate. Both are closed for the memory to be nobody's.
+    _held: Option<Held>,
     gate: RwLock<()>,
     todo: Mutex<Todo>,
     gone: AtomicBool,
@@ -41,6 +44,9 @@ pub(super) enum Step {
     Nothing,
     /// What is to be placed has not arrived; what may have arrived starts here.
     NotHere(Option<u64>),
+    /// As [`Self::NotHere`] for the very page, which has this address in the image and which a
+    /// thread waits for; said once.
+    Missing(u64),
     /// The task is changing its mappings: again, a moment later.
     Changing,
     /// There is no registered mapping at the address. Its unmap event may be on the way.
@@ -61,7 +67,14 @@ enum Content {
 }
 
 impl Space {
-    pub(super) fn new(vpid: u32, uffd: OwnedFd, todo: Todo) -> Result<Self, LazyError> {
+    pub(super) fn new(
+        vpid: u32,
+        uffd: OwnedFd,
+        todo: Todo,
+        desk: &Desk,
+    ) -> Result<Self, LazyError> {
+        // Before anything else: until the guard has it nobody does if this process dies.
+        let held = desk.guard.as_ref().map(|guard| guard.hold(uffd.as_fd()));
         let uffd = Userfaultfd::from_fd(uffd).map_err(|source| LazyError::Descriptor {
             task: vpid,
             doing: "set up",
@@ -70,6 +83,7 @@ impl Space {
         Ok(Self {
             vpid,
             uffd,
+            _held: held,
             gate: RwLock::new(()),
             todo: Mutex::new(todo),
             gone: AtomicBool::new(false),
@@ -98,11 +112,10 @@ impl Space {
     /// missing.
     pub(super) fn place(
         &self,
-        store: &PageStore,
+        desk: &Desk,
         from: u64,
         exact: bool,
         max_pages: u64,
-        counters: &Counters,
     ) -> Result<Step, LazyError> {
         let _gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
         let (part, content) = {
@@ -111,7 +124,7 @@ impl Space {
                 return Ok(Step::Nothing);
             };
             part.pages = part.pages.min(max_pages);
-            let content = match store.lookup(self.vpid, part.image, part.pages) {
+            let content = match desk.store.lookup(self.vpid, part.image, part.pages) {
                 Lookup::Data(data) => {
                     part.pages = data.len() as u64 / PAGE;
                     Content::Data(data)
@@ -129,17 +142,20 @@ impl Space {
                     next,
                     sealed: false,
                 } => {
+                    if exact && todo.is_missing(part.at, part.image) {
+                        return Ok(Step::Missing(part.image));
+                    }
                     return Ok(Step::NotHere(next_arrived(&todo, part, next)));
                 }
             };
             todo.claim(part);
             (part, content)
         };
-        let (rest, step) = self.place_part(part, &content, counters);
-        let step = {
+        let (rest, step) = self.place_part(part, &content, desk);
+        let (answered, step) = {
             let mut todo = self.todo();
-            todo.finish(part, rest);
-            match step {
+            let answered = todo.finish(part, rest);
+            let step = match step {
                 // Counted for the address space, since its threads meet the page in turns.
                 Ok(Step::Unregistered(address)) if todo.unregistered(address) > UNREGISTERED => {
                     Err(LazyError::Unregistered {
@@ -148,15 +164,19 @@ impl Space {
                     })
                 }
                 step => step,
-            }
+            };
+            (answered, step)
         };
+        for waiter in answered {
+            desk.answered(self.vpid, waiter);
+        }
         drop(content);
         if Arc::strong_count(&self.family) == 1 {
             let placed = Part {
                 pages: part.pages - rest.pages,
                 ..part
             };
-            store.discard(self.vpid, placed.image_range());
+            desk.store.discard(self.vpid, placed.image_range());
         }
         step
     }
@@ -166,7 +186,7 @@ impl Space {
         &self,
         part: Part,
         content: &Content,
-        counters: &Counters,
+        desk: &Desk,
     ) -> (Part, Result<Step, LazyError>) {
         let mut rest = part;
         let mut at_once = part.pages;
@@ -185,8 +205,8 @@ impl Space {
                 Err(PlaceError { done, .. }) => done as u64 / PAGE,
             };
             match content {
-                Content::Data(_) => counters.copied(done),
-                Content::Zero => counters.zeroed(done),
+                Content::Data(_) => desk.counters.copied(done),
+                Content::Zero => desk.counters.zeroed(done),
             }
             rest = rest.skip(done);
             let Err(PlaceError { obstacle, .. }) = outcome else {
@@ -197,7 +217,7 @@ impl Space {
                 Obstacle::Exists => {
                     // Somebody faulted it in before; its waiters must not be left behind.
                     let _ = self.uffd.wake(rest.at, PAGE);
-                    counters.present(1);
+                    desk.counters.present(1);
                     rest = rest.skip(1);
                     continue;
                 }
@@ -224,55 +244,62 @@ impl Space {
         (rest, Ok(Step::Next(part.end())))
     }
 
-    /// Answers the faults that can be answered. True if some should be tried again in a moment.
-    pub(super) fn answer(
-        &self,
-        store: &PageStore,
-        fault_pages: u64,
-        counters: &Counters,
-    ) -> Result<bool, LazyError> {
-        let waiting: Vec<u64> = self.todo().waiting.iter().copied().collect();
+    /// Answers the faults that can be answered, and asks for the pages of the others. True if some
+    /// should be tried again in a moment.
+    pub(super) fn answer(&self, desk: &Desk, fault_pages: u64) -> Result<bool, LazyError> {
+        let awaited = self.todo().awaited();
+        let mut missing = Vec::new();
         let mut again = false;
-        for page in waiting {
+        for page in awaited {
             if self.is_gone() {
-                self.todo().waiting.clear();
+                for waiter in self.todo().answer_all() {
+                    desk.settled(self.vpid, waiter);
+                }
                 return Ok(false);
             }
-            match self.place(store, page, true, fault_pages, counters)? {
+            match self.place(desk, page, true, fault_pages)? {
                 // Arrivals, and the thread that has it in hand, come back to it.
-                Step::NotHere(_) => counters.parked(),
-                Step::Next(_) | Step::Gone => {}
+                Step::NotHere(_) | Step::Next(_) | Step::Gone => {}
+                Step::Missing(image) => {
+                    desk.counters.parked();
+                    missing.push(image);
+                }
                 Step::Changing => again = true,
-                Step::Nothing => again |= self.answer_with_zero(page, counters)?,
+                Step::Nothing => again |= self.answer_with_zero(page, desk)?,
                 // Gone from under the waiter: it finds out by faulting again.
-                Step::Unregistered(_) => self.forget(page),
+                Step::Unregistered(_) => self.forget(page, desk),
             }
         }
+        desk.ask(self.vpid, &missing);
         Ok(again)
     }
 
     /// Answers a fault on a page that is not to be placed: it never had contents, or has them now.
-    fn answer_with_zero(&self, page: u64, counters: &Counters) -> Result<bool, LazyError> {
+    fn answer_with_zero(&self, page: u64, desk: &Desk) -> Result<bool, LazyError> {
         let _gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
         let mut todo = self.todo();
         // Another thread may have claimed it since, or failed to place it and put it back.
-        if todo.in_flight(page) || !todo.waiting.contains(&page) {
+        if todo.in_flight(page) || !todo.is_awaited(page) {
             return Ok(false);
         }
         if todo.next(page).is_some_and(|part| part.at == page) {
             return Ok(true);
         }
-        match self
+        let placed = match self
             .uffd
             .zero(page, PAGE_BYTES)
             .map_err(|error| error.obstacle)
         {
-            Ok(()) => counters.zero_fault(),
+            Ok(()) => true,
             Err(Obstacle::Changing) => return Ok(true),
             Err(Obstacle::Exists | Obstacle::NotRegistered) => {
                 let _ = self.uffd.wake(page, PAGE);
+                false
             }
-            Err(Obstacle::Gone | Obstacle::NoSpace) => self.gone.store(true, Ordering::Relaxed),
+            Err(Obstacle::Gone | Obstacle::NoSpace) => {
+                self.gone.store(true, Ordering::Relaxed);
+                false
+            }
             Err(Obstacle::Errno(errno)) => {
                 return Err(LazyError::Place {
                     task: self.vpid,
@@ -280,23 +307,35 @@ impl Space {
                     source: std::io::Error::from_raw_os_error(errno),
                 });
             }
+        };
+        let waiter = todo.answered(page);
+        drop(todo);
+        match waiter {
+            Some(waiter) if placed => {
+                desk.answered_with_zero(self.vpid, waiter.since.elapsed(), waiter);
+            }
+            Some(waiter) => desk.settled(self.vpid, waiter),
+            None => {}
         }
-        todo.waiting.remove(&page);
         Ok(false)
     }
 
-    fn forget(&self, page: u64) {
-        self.todo().waiting.remove(&page);
+    fn forget(&self, page: u64, desk: &Desk) {
+        let waiter = self.todo().answered(page);
         let _ = self.uffd.wake(page, PAGE);
+        if let Some(waiter) = waiter {
+            desk.settled(self.vpid, waiter);
+        }
+    }
+
+    /// Whether a thread of the task waits for a page.
+    pub(super) fn has_waiters(&self) -> bool {
+        self.todo().has_waiters()
     }
 
     /// Reads the pending events and follows the task's own changes of its memory; faults join
-    /// [`Todo::waiting`]. Returns the address spaces of forked children.
-    pub(super) fn read_events(
-        &self,
-        store: &PageStore,
-        counters: &Counters,
-    ) -> Result<Vec<Space>, LazyError> {
+    /// those that [`Self::answer`] answers. Returns the address spaces of forked children.
+    pub(super) fn read_events(&self, desk: &Desk) -> Result<Vec<Space>, LazyError> {
         let _gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
         let mut events = Vec::new();
         self.uffd
@@ -311,32 +350,32 @@ impl Space {
         for event in events {
             match event {
                 Event::Pagefault { address, .. } => {
-                    counters.fault();
-                    todo.waiting.insert(address & !(PAGE - 1));
+                    desk.counters.fault();
+                    todo.wait_for(address & !(PAGE - 1));
                 }
                 Event::Fork { uffd } => {
-                    let mut child = Space::new(self.vpid, uffd, todo.fork())?;
+                    let mut child = Space::new(self.vpid, uffd, todo.fork(), desk)?;
                     child.family = self.family.clone();
                     children.push(child);
                 }
                 Event::Remap { from, to, len } => todo.remap(from, to, len),
                 Event::Remove { start, end } => {
-                    self.drop_pages(&mut todo, store, start, end);
+                    self.drop_pages(&mut todo, desk, start, end);
                     // The kernel gives zero pages there by itself then. It refuses if a part has
                     // been unmapped meanwhile, and faults there are answered with zero.
                     let _ = self.uffd.unregister(start, end - start);
                 }
-                Event::Unmap { start, end } => self.drop_pages(&mut todo, store, start, end),
+                Event::Unmap { start, end } => self.drop_pages(&mut todo, desk, start, end),
             }
         }
         Ok(children)
     }
 
-    fn drop_pages(&self, todo: &mut Todo, store: &PageStore, start: u64, end: u64) {
+    fn drop_pages(&self, todo: &mut Todo, desk: &Desk, start: u64, end: u64) {
         let dropped = todo.cut(start, end);
         if Arc::strong_count(&self.family) == 1 {
             for range in dropped {
-                store.discard(self.vpid, range);
+                desk.store.discard(self.vpid, range);
             }
         }
     }

@@ -210,7 +210,7 @@ fn faults_are_answered_before_the_fill_and_parked_until_their_page_arrives() {
         scene.reader(1, 40),
         scene.reader(1, 59),
     ];
-    scene.wait_stats(|stats| stats.parked >= 3);
+    scene.wait_stats(|stats| stats.faults >= 3 && stats.parked >= 2);
     assert!(early.iter().all(|reader| !reader.is_finished()));
     scene.arrive(1, 40, 1);
     let [first, second, last] = early;

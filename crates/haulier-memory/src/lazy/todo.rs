@@ -1,6 +1,6 @@
 //! The pages of one address space that are still to be placed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::page::{PAGE, PageRange};
@@ -10,10 +10,10 @@ use crate::page::{PAGE, PageRange};
 #[derive(Debug, Default)]
 pub(super) struct Todo {
     by_start: BTreeMap<u64, Piece>,
-    /// Claimed by a thread that is placing them, by their present address.
-    in_flight: Vec<PageRange>,
+    /// Claimed by a thread that is placing them.
+    in_flight: Vec<Part>,
     /// Pages that a thread of the task waits for and that nobody has answered.
-    pub(super) waiting: BTreeSet<u64>,
+    waiting: BTreeMap<u64, Waiter>,
     /// Pages that could not be placed for want of a registered mapping, and since when.
     unregistered: BTreeMap<u64, Instant>,
     /// No piece was moved: addresses in the task and in the image are the same.
@@ -25,6 +25,15 @@ struct Piece {
     pages: u64,
     /// Address at the time of the dump, under which the store has the contents.
     image: u64,
+}
+
+/// Somebody waits for a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Waiter {
+    /// When the first fault on it was seen.
+    pub(super) since: Instant,
+    /// Its address in the image, once it was found not to have arrived.
+    pub(super) missing: Option<u64>,
 }
 
 /// Pages to place: where, and what.
@@ -47,13 +56,6 @@ impl Part {
             at: self.at + bytes,
             image: self.image + bytes,
             pages: self.pages - pages,
-        }
-    }
-
-    pub(super) fn range(&self) -> PageRange {
-        PageRange {
-            start: self.at,
-            pages: self.pages,
         }
     }
 
@@ -105,7 +107,7 @@ impl Todo {
         Self {
             by_start: self.by_start.clone(),
             in_flight: Vec::new(),
-            waiting: BTreeSet::new(),
+            waiting: BTreeMap::new(),
             unregistered: BTreeMap::new(),
             in_place: self.in_place,
         }
@@ -117,14 +119,77 @@ impl Todo {
     }
 
     pub(super) fn pages(&self) -> u64 {
-        let flying: u64 = self.in_flight.iter().map(|range| range.pages).sum();
+        let flying: u64 = self.in_flight.iter().map(|part| part.pages).sum();
         flying + self.by_start.values().map(|piece| piece.pages).sum::<u64>()
+    }
+
+    /// Every part that is to be placed and not claimed.
+    pub(super) fn unclaimed(&self) -> impl Iterator<Item = Part> {
+        self.by_start.iter().map(|(at, piece)| Part {
+            at: *at,
+            image: piece.image,
+            pages: piece.pages,
+        })
+    }
+
+    /// The contents that may still be asked of the store, claimed ones included: a claim may come
+    /// back.
+    pub(super) fn images(&self) -> impl Iterator<Item = PageRange> {
+        let claimed = self.in_flight.iter().map(Part::image_range);
+        claimed.chain(self.unclaimed().map(|part| part.image_range()))
     }
 
     pub(super) fn in_flight(&self, page: u64) -> bool {
         self.in_flight
             .iter()
-            .any(|range| (range.start..range.end()).contains(&page))
+            .any(|part| (part.at..part.end()).contains(&page))
+    }
+
+    /// Notes that a thread waits for a page.
+    pub(super) fn wait_for(&mut self, page: u64) {
+        self.waiting.entry(page).or_insert_with(|| Waiter {
+            since: Instant::now(),
+            missing: None,
+        });
+    }
+
+    /// Whether a thread waits for this page.
+    pub(super) fn is_awaited(&self, page: u64) -> bool {
+        self.waiting.contains_key(&page)
+    }
+
+    /// Whether a thread waits for any page.
+    pub(super) fn has_waiters(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// The pages that are waited for, the longest wait first.
+    pub(super) fn awaited(&self) -> Vec<u64> {
+        let mut pages: Vec<_> = self
+            .waiting
+            .iter()
+            .map(|(page, w)| (w.since, *page))
+            .collect();
+        pages.sort_unstable();
+        pages.into_iter().map(|(_, page)| page).collect()
+    }
+
+    /// Notes that a page that is waited for has not arrived. True if that is new.
+    pub(super) fn is_missing(&mut self, page: u64, image: u64) -> bool {
+        let Some(waiter) = self.waiting.get_mut(&page) else {
+            return false;
+        };
+        waiter.missing.replace(image) != Some(image)
+    }
+
+    /// Nobody waits for the page any more.
+    pub(super) fn answered(&mut self, page: u64) -> Option<Waiter> {
+        self.waiting.remove(&page)
+    }
+
+    /// As [`Self::answered`], for all pages.
+    pub(super) fn answer_all(&mut self) -> Vec<Waiter> {
+        std::mem::take(&mut self.waiting).into_values().collect()
     }
 
     /// The first part to place at or after an address, up to the end of its piece.
@@ -151,16 +216,12 @@ impl Todo {
     /// Takes a part, as [`Self::next`] gave it or a beginning of that, to place it.
     pub(super) fn claim(&mut self, part: Part) {
         self.take(part.at, part.end());
-        self.in_flight.push(part.range());
+        self.in_flight.push(part);
     }
 
-    /// Ends a claim of which `rest` was not placed.
-    pub(super) fn finish(&mut self, part: Part, rest: Part) {
-        if let Some(index) = self
-            .in_flight
-            .iter()
-            .position(|range| *range == part.range())
-        {
+    /// Ends a claim of which `rest` was not placed. Returns who waited for the others.
+    pub(super) fn finish(&mut self, part: Part, rest: Part) -> Vec<Waiter> {
+        if let Some(index) = self.in_flight.iter().position(|claim| *claim == part) {
             self.in_flight.swap_remove(index);
         }
         if rest.pages > 0 {
@@ -172,10 +233,13 @@ impl Todo {
                 },
             );
         }
-        while let Some(&page) = self.waiting.range(part.at..rest.at).next() {
-            self.waiting.remove(&page);
-        }
         self.settle(part.at, rest.at);
+        let mut answered = Vec::new();
+        while let Some((&page, &waiter)) = self.waiting.range(part.at..rest.at).next() {
+            self.waiting.remove(&page);
+            answered.push(waiter);
+        }
+        answered
     }
 
     /// Notes that a page lies in unregistered memory. Returns for how long it has been so.
@@ -306,17 +370,20 @@ mod tests {
     #[test]
     fn a_claim_comes_back_in_part() {
         let mut todo = Todo::new(&[range(10, 10)], &[(0, 100 * PAGE)]).unwrap();
-        todo.waiting.extend([12 * PAGE, 15 * PAGE]);
+        todo.wait_for(12 * PAGE);
+        todo.wait_for(15 * PAGE);
+        assert!(todo.is_missing(15 * PAGE, 15 * PAGE));
+        assert!(!todo.is_missing(15 * PAGE, 15 * PAGE), "is known");
         let claim = part(11, 11, 6);
         todo.claim(claim);
         assert!(todo.in_flight(16 * PAGE) && !todo.in_flight(17 * PAGE));
         assert_eq!(todo.pages(), 10);
-        todo.finish(claim, claim.skip(3));
+        let images: Vec<_> = todo.images().map(|range| range.pages).collect();
+        assert_eq!(images, [6, 1, 3], "the claimed one too");
+        let answered = todo.finish(claim, claim.skip(3));
+        assert!(matches!(answered[..], [Waiter { missing: None, .. }]));
         assert!(!todo.in_flight(12 * PAGE));
-        assert_eq!(
-            todo.waiting.iter().copied().collect::<Vec<_>>(),
-            [15 * PAGE]
-        );
+        assert_eq!(todo.awaited(), [15 * PAGE]);
         assert_eq!(
             parts(&todo),
             [part(10, 10, 1), part(14, 14, 3), part(17, 17, 3)]
