@@ -39,7 +39,9 @@ fn measure(options: Options) -> Result<()> {
     let settings = Settings::new(options)?;
     let record = Record::new(settings.json.clone(), sections::machine(&settings));
     let mut bench = Bench { settings, record };
+    stage::touch(bench.touched())?;
     bench.run()?;
     print!("{}", tables::all(&bench.record));
+    println!("\nRaw figures: {}", bench.settings.json.display());
     Ok(())
 }

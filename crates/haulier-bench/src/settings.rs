@@ -1,6 +1,6 @@
 //! What is measured, and with which programs.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -47,9 +47,9 @@ pub(crate) struct Options {
     /// Memory of Redis, in MiB [default: 1024, with --quick 256]
     #[arg(long, value_name = "MIB")]
     memory: Option<u64>,
-    /// All raw figures go here
-    #[arg(long, value_name = "FILE", default_value = "bench-memory.json")]
-    json: PathBuf,
+    /// All raw figures go here [default: bench-memory.json in the folder above this program's]
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
     /// haulier to measure [default: the one beside this program]
     #[arg(long, value_name = "PATH")]
     haulier: Option<PathBuf>,
@@ -74,10 +74,14 @@ pub(crate) struct Settings {
 
 impl Settings {
     pub(crate) fn new(options: Options) -> Result<Settings> {
-        let haulier = match options.haulier {
-            Some(path) => path,
-            None => std::env::current_exe()?.with_file_name("haulier"),
-        };
+        let this = std::env::current_exe()?;
+        let haulier = options
+            .haulier
+            .unwrap_or_else(|| this.with_file_name("haulier"));
+        let json = options.json.unwrap_or_else(|| {
+            let folder = this.parent().and_then(Path::parent).unwrap_or(&this);
+            folder.join("bench-memory.json")
+        });
         let help = Command::new(&haulier)
             .args(["migrate", "--help"])
             .output()
@@ -96,7 +100,7 @@ impl Settings {
             quick: options.quick,
             only: options.only,
             memory: mib << 20,
-            json: options.json,
+            json,
             has_modes: help.contains("--mode"),
             has_compress: help.contains("--compress"),
             haulier,

@@ -15,6 +15,21 @@ const PORT: u16 = 6379;
 /// 4 GiB of memory that the machine's host has yet to provide take a minute.
 const FILLING: Duration = Duration::from_secs(180);
 
+/// Touches memory and gives it back: a virtual machine's memory that was never used before takes
+/// its host many times as long to provide, and would be counted against whoever comes first.
+pub(crate) fn touch(bytes: u64) -> Result<()> {
+    let info = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    let free = info
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
+        .context("no MemAvailable in /proc/meminfo")?;
+    let bytes = bytes.min(free * 1024 / 2);
+    let memory = vec![1_u8; usize::try_from(bytes).unwrap_or(0)];
+    std::hint::black_box(&memory);
+    Ok(())
+}
+
 /// Two hosts between which a target moves, and a third for its clients.
 pub(crate) struct Stage {
     pub(crate) lab: Lab,

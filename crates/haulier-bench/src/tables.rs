@@ -65,7 +65,6 @@ const TABLES: [Table; 6] = [
         columns: &[
             ("longest wait ms", "tcp_longest_ms", 0),
             ("usual ms", "usual_longest_ms", 0),
-            ("UDP longest ms", "udp_longest_ms", 0),
             ("UDP lost", "udp_lost", 0),
             ("doubled", "udp_doubled", 0),
             ("TCP lost", "tcp_lost", 0),

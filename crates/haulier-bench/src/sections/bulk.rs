@@ -70,7 +70,10 @@ fn measure(bench: &Bench, link: Link, options: &[&str], run: &mut Run) -> Result
 /// Bits per second of one stream from the source to the destination.
 fn iperf(stage: &Stage) -> Result<f64> {
     let (from, to) = (stage.source(), stage.destination());
-    let server = to.command("iperf3").args(["-s", "-1"]).spawn_captured()?;
+    let server = to
+        .command("iperf3")
+        .args(["-s", "-1", "--forceflush"])
+        .spawn_captured()?;
     server.wait_for_output("listening", Duration::from_secs(10))?;
     let output = from.run(["iperf3", "-c", to.name(), "-t", "2", "-J"])?;
     let _ = server.finish(Duration::from_secs(10))?;

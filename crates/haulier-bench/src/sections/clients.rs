@@ -83,7 +83,10 @@ impl Ready {
         run.put("tcp_longest_ms", seen.tcp.longest_ms);
         run.put("tcp_p999_ms", seen.tcp.p999_ms);
         run.put("tcp_lost", seen.tcp.lost as f64);
-        run.put("udp_longest_ms", seen.udp.longest_ms);
+        // The age of a lost datagram says nothing but when the clients ended.
+        if seen.udp.lost == 0 {
+            run.put("udp_longest_ms", seen.udp.longest_ms);
+        }
         run.put("udp_lost", seen.udp.lost as f64);
         run.put("udp_doubled", seen.udp.doubled as f64);
         run.put("usual_longest_ms", before.tcp.longest_ms);

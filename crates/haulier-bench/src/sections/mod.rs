@@ -47,6 +47,17 @@ impl Bench {
         growth::run(self)
     }
 
+    /// Memory that is in use at the same time, at most: at both hosts, and on its way.
+    pub(crate) fn touched(&self) -> u64 {
+        let growth = self
+            .settings
+            .wants(&format!("{}/pre-copy/4096-MiB", growth::NAME));
+        if growth && !self.settings.quick {
+            return 10 << 30;
+        }
+        5 * self.settings.memory
+    }
+
     /// Cases of the two links and all contenders that are asked for and possible.
     fn cases(&self, section: &str) -> Vec<(String, Link, Contender)> {
         let all = LINKS
