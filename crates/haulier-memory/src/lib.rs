@@ -8,6 +8,7 @@
 pub mod lazy;
 pub mod mappings;
 pub mod page;
+pub mod post;
 pub mod ranges;
 pub mod reader;
 pub mod shared;

@@ -29,6 +29,14 @@ pub fn bulk() -> io::Result<()> {
     set(libc::SCHED_BATCH, 0)
 }
 
+/// Takes back what [`urgent`] or [`bulk`] did for the calling thread.
+///
+/// # Errors
+/// What `sched_setscheduler(2)` says.
+pub fn usual() -> io::Result<()> {
+    set(libc::SCHED_OTHER, 0)
+}
+
 fn set(policy: libc::c_int, priority: libc::c_int) -> io::Result<()> {
     // SAFETY: a structure of plain integers, for which all bits zero are a value.
     let mut parameter: libc::sched_param = unsafe { zeroed() };
@@ -65,6 +73,8 @@ mod tests {
                 let started = std::thread::spawn(policy).join().unwrap();
                 assert_eq!(started & !RESET_ON_FORK, libc::SCHED_OTHER);
             }
+            usual().unwrap();
+            assert_eq!(policy() & !RESET_ON_FORK, libc::SCHED_OTHER);
         })
         .join()
         .unwrap();
