@@ -8,7 +8,7 @@ use haulier_transport::wait::Wait;
 use crate::account::Account;
 use crate::bank::KnownPages;
 pub use crate::error::ImagesError;
-use crate::{receiver, sender};
+use crate::{outgoing, receiver};
 
 /// What went over the connection.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -35,7 +35,7 @@ pub fn send(
     channel: &mut Channel,
     wait: &Wait,
 ) -> Result<ImageCount, ImagesError> {
-    sender::send_all(directory, &mut KnownPages::default(), channel, wait)
+    outgoing::send_all(directory, &mut KnownPages::default(), channel, wait)
 }
 
 /// Receives pages sent ahead, then images into an empty directory, until the peer says that there

@@ -15,6 +15,7 @@ mod bank;
 pub mod directory;
 pub mod error;
 pub mod name;
+mod outgoing;
 pub mod page;
 mod pages;
 mod receiver;

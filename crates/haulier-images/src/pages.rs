@@ -4,58 +4,67 @@
 //! puts the chunks in order and sends them.
 
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread;
 
 use haulier_proto::frame::Kind;
-use haulier_proto::message::ImageEnd;
 use haulier_transport::channel::Channel;
 use haulier_transport::wait::Wait;
 
 use crate::bank::KnownPages;
 use crate::directory::ImageCount;
 use crate::error::ImagesError;
+use crate::outgoing::Image;
 use crate::page::{self, PAGE, PageHash, PagesHasher, ZERO_HASH};
 use crate::runs::{self, FRAME_PAGES, Run};
-use crate::sender::Image;
 
-const CHUNK: usize = FRAME_PAGES * PAGE;
+/// Bytes of an image that go into a frame.
+pub(crate) const CHUNK: usize = FRAME_PAGES * PAGE;
 /// More hashing threads than this outrun the copy out of the image.
 const MOST_THREADS: usize = 8;
 
-/// Sends the data of an image that consists of whole pages; `count` learns what was referred to.
+/// Where the pages of an image go.
+pub(crate) struct Way<'a> {
+    pub(crate) known: &'a mut KnownPages,
+    pub(crate) count: &'a mut ImageCount,
+    pub(crate) channel: &'a mut Channel,
+    pub(crate) wait: &'a Wait,
+}
+
+/// As many hashing threads as are of use when nothing else runs.
+pub(crate) fn all_threads() -> usize {
+    thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS))
+}
+
+/// Sends the whole pages of a part of an image.
 pub(crate) fn send(
     image: &Image,
     number: u32,
-    known: &mut KnownPages,
-    count: &mut ImageCount,
-    channel: &mut Channel,
-    wait: &Wait,
-) -> Result<ImageEnd, ImagesError> {
-    let chunks = image.size.div_ceil(CHUNK as u64);
-    let threads = thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS)) as u64;
-    let threads = threads.min(chunks).max(1);
-    let mut hasher = PagesHasher::new();
+    part: Range<u64>,
+    hasher: &mut PagesHasher,
+    threads: usize,
+    way: &mut Way<'_>,
+) -> Result<(), ImagesError> {
+    let chunks = (part.end - part.start).div_ceil(CHUNK as u64);
+    let threads = (threads as u64).min(chunks).max(1);
     thread::scope(|scope| {
         let mut readers = Vec::new();
         for index in 0..threads {
             let (reader, worker) = pair();
-            scope.spawn(move || worker.run(image, index, threads));
+            let first = part.start + index * CHUNK as u64;
+            scope.spawn(move || worker.run(image, first..part.end, threads));
             readers.push(reader);
         }
         for index in 0..chunks {
             let reader = &readers[(index % threads) as usize];
             let chunk = reader.next(image)?;
-            send_chunk(&chunk, number, known, count, &mut hasher, channel, wait)?;
+            send_chunk(&chunk, number, hasher, way)?;
             // Fails if the thread has read its last chunk: nobody needs the buffer then.
             let _ = reader.spent.send(chunk.data);
         }
-        Ok(ImageEnd {
-            number,
-            length: image.size,
-            blake3: hasher.finalize().to_vec(),
-        })
+        Ok(())
     })
 }
 
@@ -98,11 +107,12 @@ impl Reader {
 }
 
 impl Worker {
-    fn run(self, image: &Image, first: u64, step: u64) {
-        let mut offset = first * CHUNK as u64;
-        while offset < image.size {
+    fn run(self, image: &Image, part: Range<u64>, step: u64) {
+        let mut offset = part.start;
+        while offset < part.end {
             let buffer = self.spent.try_recv().unwrap_or_default();
-            let chunk = read(image, offset, buffer);
+            let length = (part.end - offset).min(CHUNK as u64);
+            let chunk = read(image, offset, length as usize, buffer);
             let failed = chunk.is_err();
             if self.chunks.send(chunk).is_err() || failed {
                 return;
@@ -112,8 +122,7 @@ impl Worker {
     }
 }
 
-fn read(image: &Image, offset: u64, mut data: Vec<u8>) -> io::Result<Chunk> {
-    let length = (image.size - offset).min(CHUNK as u64) as usize;
+fn read(image: &Image, offset: u64, length: usize, mut data: Vec<u8>) -> io::Result<Chunk> {
     data.resize(length, 0);
     image.file.read_exact_at(&mut data, offset)?;
     let hashes = data
@@ -126,20 +135,17 @@ fn read(image: &Image, offset: u64, mut data: Vec<u8>) -> io::Result<Chunk> {
 fn send_chunk(
     chunk: &Chunk,
     number: u32,
-    known: &mut KnownPages,
-    count: &mut ImageCount,
     hasher: &mut PagesHasher,
-    channel: &mut Channel,
-    wait: &Wait,
+    way: &mut Way<'_>,
 ) -> Result<(), ImagesError> {
     let mut runs: Vec<Run> = Vec::new();
     let mut literal: Vec<(usize, usize)> = Vec::new();
     for (index, hash) in chunk.hashes.iter().enumerate() {
         hasher.update(hash.as_ref().unwrap_or(&ZERO_HASH));
-        let run = match hash.map(|hash| known.refer(&hash)) {
+        let run = match hash.map(|hash| way.known.refer(&hash)) {
             None => Run::Zero { pages: 1 },
             Some(Some(first)) => {
-                count.referenced += 1;
+                way.count.referenced += 1;
                 Run::Bank { first, pages: 1 }
             }
             Some(None) => {
@@ -161,5 +167,5 @@ fn send_chunk(
             .iter()
             .map(|(from, end)| &chunk.data[from * PAGE..end * PAGE]),
     );
-    Ok(channel.send(Kind::ImageData, &parts, wait)?)
+    Ok(way.channel.send(Kind::ImageData, &parts, way.wait)?)
 }

@@ -1,24 +1,18 @@
 //! Sending images, with pages of theirs sent ahead.
 
-use std::fs::{self, File};
-use std::io::Read;
 use std::ops::AddAssign;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use haulier_proto::frame::Kind;
-use haulier_proto::message::{ImageEnd, ImageHeader, ImagesDone};
 use haulier_transport::channel::Channel;
 use haulier_transport::wait::Wait;
 
 use crate::bank::KnownPages;
 use crate::directory::ImageCount;
 use crate::error::ImagesError;
-use crate::name::ImageName;
+use crate::outgoing;
 use crate::page::{self, PAGE};
-use crate::pages;
 
-/// Bytes of image data in a frame.
-const CHUNK: usize = 1 << 20;
 /// Most pages of a frame sent ahead; as many pieces go to the socket in one call.
 const AHEAD_PAGES: usize = 512;
 
@@ -117,7 +111,28 @@ impl ImageSender {
         directory: &Path,
         wait: &Wait,
     ) -> Result<ImageCount, ImagesError> {
-        send_all(directory, &mut self.known, &mut self.channel, wait)
+        outgoing::send_all(directory, &mut self.known, &mut self.channel, wait)
+    }
+
+    /// [`ImageSender::send_directory`], begun while the dump still writes into the directory:
+    /// images of pages are sent as they grow, the others once `complete` says that the dump is
+    /// done. A dump that fails is ended by cancelling `wait`.
+    ///
+    /// # Errors
+    /// See [`ImagesError`].
+    pub fn send_growing(
+        &mut self,
+        directory: &Path,
+        complete: impl Fn() -> bool,
+        wait: &Wait,
+    ) -> Result<ImageCount, ImagesError> {
+        outgoing::send_growing(
+            directory,
+            complete,
+            &mut self.known,
+            &mut self.channel,
+            wait,
+        )
     }
 
     /// Bytes of page contents sent ahead so far.
@@ -144,43 +159,6 @@ impl ImageSender {
     /// The channel, for an owner that keeps it after the images.
     pub fn into_channel(self) -> Channel {
         self.channel
-    }
-}
-
-/// An image to be sent.
-#[derive(Debug)]
-pub(crate) struct Image {
-    pub(crate) path: PathBuf,
-    pub(crate) file: File,
-    pub(crate) size: u64,
-    name: ImageName,
-}
-
-impl Image {
-    fn open(path: PathBuf) -> Result<Image, ImagesError> {
-        let failed = |source| ImagesError::file("read", &path, source);
-        let file = File::open(&path).map_err(failed)?;
-        let size = file.metadata().map_err(failed)?.len();
-        let name = ImageName::new(&path.file_name().unwrap_or_default().to_string_lossy())?;
-        Ok(Image {
-            path,
-            file,
-            size,
-            name,
-        })
-    }
-
-    fn header(&self, number: u32) -> ImageHeader {
-        ImageHeader {
-            number,
-            name: self.name.as_str().to_owned(),
-            size: Some(self.size),
-            snapshot: 0,
-        }
-    }
-
-    fn is_of_pages(&self) -> bool {
-        self.name.is_of_pages() && self.size > 0 && self.size % PAGE as u64 == 0
     }
 }
 
@@ -223,80 +201,4 @@ impl Batch {
         );
         Ok(channel.send(Kind::BankPages, &parts, wait)?)
     }
-}
-
-/// Sends the images of a directory, by reference to known pages, and that there are no more.
-pub(crate) fn send_all(
-    directory: &Path,
-    known: &mut KnownPages,
-    channel: &mut Channel,
-    wait: &Wait,
-) -> Result<ImageCount, ImagesError> {
-    let mut count = ImageCount::default();
-    let mut buffer = vec![0; CHUNK];
-    for path in images_in(directory)? {
-        let image = Image::open(path)?;
-        let number = count.images;
-        channel.send_message(Kind::ImageHeader, &image.header(number), wait)?;
-        let end = if known.len() > 0 && image.is_of_pages() {
-            pages::send(&image, number, known, &mut count, channel, wait)?
-        } else {
-            send_plain(&image, number, &mut buffer, channel, wait)?
-        };
-        count.images += 1;
-        count.bytes += end.length;
-        channel.send_message(Kind::ImageEnd, &end, wait)?;
-    }
-    let done = ImagesDone {
-        images: count.images,
-        snapshot: 0,
-    };
-    channel.send_message(Kind::ImagesDone, &done, wait)?;
-    count.bank_pages = known.len();
-    count.bank_unused = known.unused();
-    Ok(count)
-}
-
-fn images_in(directory: &Path) -> Result<Vec<PathBuf>, ImagesError> {
-    let failed = |source| ImagesError::file("list", directory, source);
-    let mut paths = Vec::new();
-    for entry in fs::read_dir(directory).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
-        if path.extension().is_some_and(|extension| extension == "img") {
-            paths.push(path);
-        }
-    }
-    paths.sort();
-    Ok(paths)
-}
-
-fn send_plain(
-    image: &Image,
-    number: u32,
-    buffer: &mut [u8],
-    channel: &mut Channel,
-    wait: &Wait,
-) -> Result<ImageEnd, ImagesError> {
-    let mut hasher = blake3::Hasher::new();
-    let mut length = 0;
-    loop {
-        let count = (&image.file)
-            .read(buffer)
-            .map_err(|e| ImagesError::file("read", &image.path, e))?;
-        if count == 0 {
-            break;
-        }
-        hasher.update(&buffer[..count]);
-        length += count as u64;
-        channel.send(
-            Kind::ImageData,
-            &[&number.to_le_bytes(), &buffer[..count]],
-            wait,
-        )?;
-    }
-    Ok(ImageEnd {
-        number,
-        length,
-        blake3: hasher.finalize().as_bytes().to_vec(),
-    })
 }

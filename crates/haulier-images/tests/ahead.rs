@@ -1,10 +1,12 @@
 //! Pages sent ahead, and images that refer to them.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use haulier_images::account::Account;
 use haulier_images::directory::{self, ImageCount, ImagesError};
@@ -13,6 +15,7 @@ use haulier_images::sender::{AheadStats, ImageSender};
 use haulier_proto::frame::Kind;
 use haulier_proto::message::{ImageEnd, ImageHeader};
 use haulier_transport::channel::Channel;
+use haulier_transport::error::TransportError;
 use haulier_transport::wait::Wait;
 
 fn soon() -> Wait {
@@ -237,6 +240,102 @@ fn random_changes_arrive() {
             },
         );
     }
+}
+
+#[test]
+fn images_are_sent_while_the_dump_writes_them() {
+    for bank_limit in [0, u64::MAX] {
+        let pages = random(3000, 9);
+        let from = tempfile::tempdir().unwrap();
+        let to = tempfile::tempdir().unwrap();
+        let (a, mut b) = pair();
+        let complete = AtomicBool::new(false);
+        // How much has come, as the dump sees it, which waits for some of it: without that it
+        // could be done before anybody looks.
+        let account = Account::new(u64::MAX);
+        let (sent, received) = thread::scope(|scope| {
+            let sender = scope.spawn(|| {
+                let mut sender = ImageSender::new(a, bank_limit);
+                sender.send_ahead(&pages[..2500 * PAGE], &soon()).unwrap();
+                let complete = || complete.load(Ordering::SeqCst);
+                sender.send_growing(from.path(), complete, &soon()).unwrap()
+            });
+            let receiver = scope.spawn(|| {
+                directory::receive_into_account(to.path(), &account, &mut b, &soon()).unwrap()
+            });
+            fs::write(from.path().join("core-1.img"), b"core").unwrap();
+            let mut small = fs::File::create(from.path().join("pages-2.img")).unwrap();
+            small.write_all(&pages[..PAGE]).unwrap();
+            let mut growing = fs::File::create(from.path().join("pages-1.img")).unwrap();
+            for part in pages[..2000 * PAGE].chunks(300_001) {
+                growing.write_all(part).unwrap();
+            }
+            wait_for(|| to.path().join("pages-1.img").exists());
+            wait_for(|| fs::metadata(to.path().join("pages-1.img")).unwrap().len() > 7 << 20);
+            assert!(!to.path().join("core-1.img").exists());
+            growing.write_all(&pages[2000 * PAGE..]).unwrap();
+            small.write_all(&pages[PAGE..600 * PAGE]).unwrap();
+            complete.store(true, Ordering::SeqCst);
+            (sender.join().unwrap(), receiver.join().unwrap())
+        });
+        assert_eq!(sent, received);
+        assert_eq!(received.images, 3);
+        if bank_limit > 0 {
+            assert_eq!(received.referenced, 3100);
+        }
+        for name in ["core-1.img", "pages-1.img", "pages-2.img"] {
+            let read = |dir: &Path| fs::read(dir.join(name)).unwrap();
+            assert!(read(from.path()) == read(to.path()), "{name} differs");
+        }
+    }
+}
+
+fn wait_for(condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !condition() {
+        assert!(Instant::now() < deadline, "it did not happen");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_dump_that_does_not_end_meets_the_deadline() {
+    let from = tempfile::tempdir().unwrap();
+    let (a, _b) = pair();
+    let mut sender = ImageSender::new(a, u64::MAX);
+    let wait = Wait::uncancellable(Duration::from_millis(5));
+    let error = sender
+        .send_growing(from.path(), || false, &wait)
+        .unwrap_err();
+    assert!(
+        matches!(
+            error,
+            ImagesError::Transport(TransportError::Deadline { .. })
+        ),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn an_image_that_vanishes_while_it_is_sent_is_an_error() {
+    let from = tempfile::tempdir().unwrap();
+    let path = from.path().join("pages-1.img");
+    fs::write(&path, random(300, 10)).unwrap();
+    let (a, mut b) = pair();
+    thread::scope(|scope| {
+        scope.spawn(move || while b.receive(&soon()).is_ok() {});
+        let mut sender = ImageSender::new(a, u64::MAX);
+        let looks = AtomicU32::new(0);
+        let complete = || {
+            let looks = looks.fetch_add(1, Ordering::SeqCst);
+            if looks == 1 {
+                fs::remove_file(&path).unwrap();
+            }
+            looks == 1
+        };
+        let error = sender.send_growing(from.path(), complete, &soon());
+        assert!(matches!(error, Err(ImagesError::File { .. })), "{error:?}");
+    });
 }
 
 /// What a receiver with a limit of 10 MiB says to frames sent by hand.
