@@ -6,6 +6,8 @@ mod addresses;
 mod announce;
 #[path = "network/lock.rs"]
 mod lock;
+#[path = "network/packets.rs"]
+mod packets;
 #[path = "network/repair.rs"]
 mod repair;
 #[path = "network/world.rs"]

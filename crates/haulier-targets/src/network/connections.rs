@@ -176,7 +176,7 @@ fn sockets_of(pids: &[i32]) -> Result<Vec<Socket>, Error> {
 }
 
 /// `None` if reading about a process failed because it has ended, reaped or not.
-fn unless_ended<T>(pid: i32, result: Result<T, Error>) -> Result<Option<T>, Error> {
+pub(super) fn unless_ended<T>(pid: i32, result: Result<T, Error>) -> Result<Option<T>, Error> {
     match result {
         Err(Error::Proc { .. }) if has_ended(pid) => Ok(None),
         other => other.map(Some),

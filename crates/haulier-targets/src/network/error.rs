@@ -115,6 +115,36 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// The kernel has no packet log that the lock could copy packets to.
+    #[error(
+        "this host cannot capture packets ({0}); the kernel needs CONFIG_NFT_LOG and \
+         CONFIG_NETFILTER_NETLINK_LOG (modules nft_log, nfnetlink_log)"
+    )]
+    CaptureUnsupported(#[source] io::Error),
+    /// Reading captured packets failed.
+    #[error("cannot read the packets that the network lock drops: {0}")]
+    Capture(#[source] io::Error),
+    /// A packet is not one that may be delivered here.
+    #[error("a packet from the other host is not delivered: {0}")]
+    PacketRefused(&'static str),
+    /// Delivering a packet failed.
+    #[error("cannot {operation} to deliver packets for {address}: {source}")]
+    Inject {
+        /// What failed.
+        operation: &'static str,
+        /// The address they are for.
+        address: IpAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// Looking into the queue of a process's socket failed.
+    #[error("cannot read the queued datagrams of process {pid}: {source}")]
+    Queue {
+        /// The process.
+        pid: i32,
+        /// Why.
+        source: io::Error,
+    },
     /// A file of /proc about a process could not be read.
     #[error("cannot read {}: {source}", path.display())]
     Proc {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::nf_tables::{Change, Family, tables};
 use super::nft::{ArmedNft, Batch, Ending};
-use super::{Connection, Error, MoveIp, ruleset};
+use super::{Capture, Connection, Error, MoveIp, ruleset};
 
 /// An `nft` that takes longer is killed. It needs 2 ms; a host that reloads large rule sets
 /// at the moment makes it wait.
@@ -47,6 +47,7 @@ pub struct ArmedLock {
     table: String,
     engage: ArmedNft,
     lift: ArmedNft,
+    log: Option<u16>,
 }
 
 impl ArmedLock {
@@ -63,7 +64,14 @@ impl ArmedLock {
             table,
             engage: ArmedNft::spawn()?,
             lift: ArmedNft::spawn()?,
+            log: None,
         })
+    }
+
+    /// Has the incoming packets that the lock will drop go to `capture`, opened in the same
+    /// network namespace.
+    pub fn capture_to(&mut self, capture: &Capture) {
+        self.log = Some(capture.group());
     }
 
     /// Drops, from when this returns on, what `scope` covers. A lock of the same id that is
@@ -77,8 +85,9 @@ impl ArmedLock {
             table,
             engage,
             lift,
+            log,
         } = self;
-        let (text, families) = ruleset::engage(&table, scope);
+        let (text, families) = ruleset::engage(&table, scope, log);
         let mut lock = EngagedLock {
             table,
             families,
@@ -211,29 +220,38 @@ pub fn id_of(table: &str) -> Option<&str> {
 /// # Errors
 /// [`Error::NftMissing`]; [`Error::LockUnsupported`] with the family that is refused.
 pub fn probe() -> Result<(), Error> {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
     for family in [Family::Inet, Family::Arp] {
-        let table = format!("{}probe_{}_{count}", ruleset::PREFIX, std::process::id());
-        let text = ruleset::probe(&table, family);
-        let expected = vec![(family, Change::Deleted)];
-        let batch = Batch {
-            operation: "try a network lock",
-            text: &text,
-            table: &table,
-            expected,
-        };
-        ArmedNft::spawn()?
-            .run(batch, DEADLINE)
-            .map_err(|error| match error {
-                Error::Nft { message, .. } => Error::LockUnsupported {
-                    family: family.name(),
-                    message,
-                },
-                error => error,
-            })?;
+        probe_family(family, None).map_err(|error| match error {
+            Error::Nft { message, .. } => Error::LockUnsupported {
+                family: family.name(),
+                message,
+            },
+            error => error,
+        })?;
     }
     Ok(())
+}
+
+/// Whether a lock here can also log to that group.
+pub(super) fn probe_log(group: u16) -> Result<(), Error> {
+    probe_family(Family::Inet, Some(group)).map_err(|error| match error {
+        Error::Nft { message, .. } => Error::CaptureUnsupported(std::io::Error::other(message)),
+        error => error,
+    })
+}
+
+fn probe_family(family: Family, log: Option<u16>) -> Result<(), Error> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let table = format!("{}probe_{}_{count}", ruleset::PREFIX, std::process::id());
+    let text = ruleset::probe(&table, family, log);
+    let batch = Batch {
+        operation: "try a network lock",
+        text: &text,
+        table: &table,
+        expected: vec![(family, Change::Deleted)],
+    };
+    ArmedNft::spawn()?.run(batch, DEADLINE).map(drop)
 }
 
 fn all_tables() -> Result<Vec<(Family, String)>, Error> {

@@ -28,7 +28,7 @@ const MESSAGE_DONE: u16 = 3;
 const DUMP: u16 = 0x301;
 /// nlmsghdr, then nfgenmsg (family, version, resource id).
 const HEADER: usize = 16;
-const ATTRIBUTES: usize = HEADER + 4;
+pub(super) const ATTRIBUTES: usize = HEADER + 4;
 /// `NFTA_TABLE_NAME`.
 const TABLE_NAME: u16 = 1;
 /// More than the kernel puts into one datagram.
@@ -94,11 +94,7 @@ pub(super) fn tables(until: Instant) -> io::Result<Vec<(Family, String)>> {
                 NEW_TABLE => tables.extend(table(message.bytes)),
                 MESSAGE_DONE => return Ok(tables),
                 MESSAGE_ERROR => {
-                    let code = message.bytes.get(HEADER..HEADER + 4);
-                    let code = code
-                        .and_then(|bytes| bytes.try_into().ok())
-                        .unwrap_or([0; 4]);
-                    return Err(io::Error::from_raw_os_error(-i32::from_ne_bytes(code)));
+                    return Err(io::Error::from_raw_os_error(error_code(message.bytes)));
                 }
                 _ => {}
             }
@@ -150,7 +146,8 @@ impl AsFd for Events {
     }
 }
 
-fn open(groups: u32) -> io::Result<OwnedFd> {
+/// A socket to netfilter, which does not block.
+pub(super) fn open(groups: u32) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(
         AddressFamily::NETLINK,
@@ -162,17 +159,17 @@ fn open(groups: u32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-fn receive<'a>(socket: &OwnedFd, buffer: &'a mut [u8]) -> rustix::io::Result<&'a [u8]> {
+pub(super) fn receive<'a>(socket: &OwnedFd, buffer: &'a mut [u8]) -> rustix::io::Result<&'a [u8]> {
     let (_, length) = recv(socket, &mut buffer[..], RecvFlags::TRUNC)?;
     buffer.get(..length).ok_or(Errno::MSGSIZE)
 }
 
 /// The netlink messages of a datagram.
-struct Messages<'a>(&'a [u8]);
+pub(super) struct Messages<'a>(pub(super) &'a [u8]);
 
-struct Message<'a> {
-    kind: u16,
-    bytes: &'a [u8],
+pub(super) struct Message<'a> {
+    pub(super) kind: u16,
+    pub(super) bytes: &'a [u8],
 }
 
 impl<'a> Iterator for Messages<'a> {
@@ -187,19 +184,30 @@ impl<'a> Iterator for Messages<'a> {
     }
 }
 
+/// The error of an error message, 0 for an acknowledgement.
+pub(super) fn error_code(message: &[u8]) -> i32 {
+    let code = message.get(HEADER..HEADER + 4);
+    let code = code.and_then(|bytes| bytes.try_into().ok());
+    i32::from_ne_bytes(code.unwrap_or([0; 4])).wrapping_neg()
+}
+
+/// Kinds and values of the attributes that `bytes` consists of.
+pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let length = usize::from(u16::from_ne_bytes(bytes.get(0..2)?.try_into().ok()?));
+        let kind = u16::from_ne_bytes(bytes.get(2..4)?.try_into().ok()?);
+        let value = bytes.get(4..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
+}
+
 fn table(message: &[u8]) -> Option<(Family, String)> {
     let family = Family::from_number(*message.get(HEADER)?)?;
-    let mut rest = message.get(ATTRIBUTES..)?;
-    loop {
-        let length = usize::from(u16::from_ne_bytes(rest.get(0..2)?.try_into().ok()?));
-        let kind = u16::from_ne_bytes(rest.get(2..4)?.try_into().ok()?);
-        let value = rest.get(4..length)?;
-        if kind == TABLE_NAME {
-            let name = value.strip_suffix(b"\0").unwrap_or(value);
-            return Some((family, String::from_utf8_lossy(name).into_owned()));
-        }
-        rest = rest.get(length.next_multiple_of(4)..)?;
-    }
+    let mut attributes = attributes(message.get(ATTRIBUTES..)?);
+    let (_, name) = attributes.find(|(kind, _)| *kind == TABLE_NAME)?;
+    let name = name.strip_suffix(b"\0").unwrap_or(name);
+    Some((family, String::from_utf8_lossy(name).into_owned()))
 }
 
 #[cfg(test)]

@@ -12,6 +12,12 @@ pub(super) const PREFIX: &str = "haulier_";
 /// Before conntrack, NAT and every usual filter, after defragmentation (NF_IP_PRI_RAW).
 const PRIORITY: i32 = -300;
 
+/// Errors about what was sent, and pings, so that who watches a target by them sees no gap.
+const ICMP: &str = "icmp type { destination-unreachable, time-exceeded, parameter-problem, \
+                    echo-request }";
+const ICMPV6: &str = "icmpv6 type { destination-unreachable, packet-too-big, time-exceeded, \
+                      parameter-problem, echo-request }";
+
 /// One batch that creates the lock's tables, in place of any that are there, and the families
 /// it has tables in.
 ///
@@ -25,7 +31,10 @@ const PRIORITY: i32 = -300;
 ///   4.3 and 4.4. nft before 1.0.9 knows no `icmpv6 taddr`.
 /// - ARP: neither asked for the address, nor announced, nor used as the sender of questions
 ///   for others (which teach its hardware address just as well), nor asked about.
-pub(super) fn engage(table: &str, scope: &LockScope) -> (String, Vec<Family>) {
+/// - What `input` drops goes to the group of the packet log `log`, if there is one: what a host
+///   is to receive at an address of its own, by the protocols that can be delivered elsewhere.
+///   `ip saddr` comes first: what an address sends to itself never leaves the host.
+pub(super) fn engage(table: &str, scope: &LockScope, log: Option<u16>) -> (String, Vec<Family>) {
     let mut v4: Vec<Ipv4Addr> = Vec::new();
     let mut v6: Vec<Ipv6Addr> = Vec::new();
     for ip in &scope.addresses {
@@ -36,7 +45,7 @@ pub(super) fn engage(table: &str, scope: &LockScope) -> (String, Vec<Family>) {
     }
     let mut families = vec![Family::Inet];
     let mut text = replace(Family::Inet, table);
-    inet(&mut text, table, "", &v4, &v6, scope);
+    inet(&mut text, table, "", &v4, &v6, scope, log);
     if !v4.is_empty() {
         families.push(Family::Arp);
         text += &replace(Family::Arp, table);
@@ -56,7 +65,8 @@ pub(super) fn lift(table: &str, families: &[Family]) -> String {
 
 /// A batch that creates a table with every kind of rule the lock has, dormant, and deletes it:
 /// the kernel checks it all, and no packet ever meets it.
-pub(super) fn probe(table: &str, family: Family) -> String {
+/// With `log`, also rules that log to that group.
+pub(super) fn probe(table: &str, family: Family, log: Option<u16>) -> String {
     let v4 = [Ipv4Addr::new(192, 0, 2, 1), Ipv4Addr::new(192, 0, 2, 2)];
     let v6 = [1, 2].map(|last| Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, last));
     let pair = |local: IpAddr, remote: IpAddr| super::Connection {
@@ -72,7 +82,7 @@ pub(super) fn probe(table: &str, family: Family) -> String {
     };
     let mut text = String::new();
     match family {
-        Family::Inet => inet(&mut text, table, "flags dormant;", &v4, &v6, &scope),
+        Family::Inet => inet(&mut text, table, "flags dormant;", &v4, &v6, &scope, log),
         Family::Arp => arp(&mut text, table, "flags dormant;", &v4),
     }
     text + &format!("delete table {} {table}\n", family.name())
@@ -90,14 +100,23 @@ fn inet(
     v4: &[Ipv4Addr],
     v6: &[Ipv6Addr],
     scope: &LockScope,
+    log: Option<u16>,
 ) {
+    let log = log.map(|group| format!("log group {group}"));
     let mut input = String::new();
     let mut output = String::from("oifname \"lo\" accept\n");
     if !v4.is_empty() {
         let set = set(v4);
         for rules in [&mut input, &mut output] {
-            line(rules, format_args!("ip daddr {set} drop"));
             line(rules, format_args!("ip saddr {set} drop"));
+        }
+        if let Some(log) = &log {
+            for kind in ["meta l4proto { tcp, udp }", ICMP] {
+                line(&mut input, format_args!("ip daddr {set} {kind} {log}"));
+            }
+        }
+        for rules in [&mut input, &mut output] {
+            line(rules, format_args!("ip daddr {set} drop"));
         }
     }
     if !v6.is_empty() {
@@ -108,8 +127,15 @@ fn inet(
             .collect();
         let targets = targets.join(", ");
         for rules in [&mut input, &mut output] {
-            line(rules, format_args!("ip6 daddr {set} drop"));
             line(rules, format_args!("ip6 saddr {set} drop"));
+        }
+        if let Some(log) = &log {
+            for kind in ["meta l4proto { tcp, udp }", ICMPV6] {
+                line(&mut input, format_args!("ip6 daddr {set} {kind} {log}"));
+            }
+        }
+        for rules in [&mut input, &mut output] {
+            line(rules, format_args!("ip6 daddr {set} drop"));
             line(
                 rules,
                 format_args!(
@@ -141,7 +167,11 @@ fn inet(
             tuples.collect::<Vec<_>>().join(", ")
         };
         let key = format!("{family} saddr . {family} daddr . tcp sport . tcp dport");
-        line(&mut input, format_args!("{key} {{ {} }} drop", set(false)));
+        let log = log.as_deref().unwrap_or_default();
+        line(
+            &mut input,
+            format_args!("{key} {{ {} }} {log} drop", set(false)),
+        );
         line(&mut output, format_args!("{key} {{ {} }} drop", set(true)));
     }
     create(text, Family::Inet, table, flags, &input, &output);
