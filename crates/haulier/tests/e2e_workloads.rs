@@ -1,22 +1,22 @@
 //! Programs of many kinds move to another host and back, and go on with everything they had.
 //!
-//! Most of them are in `programs` and check themselves: one says `ready K` in its status file when
-//! all is in place, `wait` again and again while nothing happens, and, once the file `go-K` exists,
-//! `good K` if memory, files and queues still hold what they should.
+//! Most of them are in `programs` and check themselves; see `stage::play`.
 
 mod stage;
 
 use std::fs::{self, File, OpenOptions};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use haulier_lab::workloads::{connections, threads};
 use haulier_lab::{Host, Signal};
 use rustix::io::ioctl_fionread;
-use stage::{LONG, MOVING_V4, Stage, eventually, lab_program, start};
-use tempfile::TempDir;
+use stage::play::{
+    compiled, found, moves_and_returns, program, says, shared_folder, succeeds, tree_moves,
+};
+use stage::{LONG, MOVING_V4, Stage, eventually, lab_program, play, start};
 
 const HAULIER: &str = env!("CARGO_BIN_EXE_haulier");
 
@@ -103,7 +103,8 @@ fn a_jvm_moves_with_its_heap() {
     let mut argv = vec![java.to_str().unwrap()];
     argv.extend(options);
     argv.extend([classes.to_str().unwrap(), "HeapModel"]);
-    moves_and_returns(&stage, &argv, &folder, &[]);
+    argv.push(folder.path().to_str().unwrap());
+    moves_and_returns(&stage, &argv, folder.path(), &[]);
 }
 
 #[test]
@@ -153,12 +154,8 @@ fn kernel_objects_move() {
         host.write_file(lock, "").unwrap();
     }
     let script = program("kernel_objects.py");
-    moves_and_returns(
-        &stage,
-        &[python.to_str().unwrap(), &script],
-        &folder,
-        &[lock],
-    );
+    let (python, own) = (python.to_str().unwrap(), folder.path().to_str().unwrap());
+    moves_and_returns(&stage, &[python, &script, own, lock], folder.path(), &[]);
 }
 
 /// The source keeps its frozen tasks, and with them their locks, until they run at the destination:
@@ -200,131 +197,16 @@ fn a_lock_on_a_shared_file_keeps_a_program_where_it_is() {
 
 #[test]
 fn memory_of_every_kind_moves() {
-    let Some(gcc) = found("gcc") else { return };
     let (stage, folder) = (two_hosts(), shared_folder());
-    let binary = folder.path().join("memory");
-    let mut compile = Command::new(gcc);
-    compile.args(["-O1", "-Wall", "-o"]);
-    succeeds(compile.arg(&binary).arg(program("memory.c")));
-    moves_and_returns(&stage, &[binary.to_str().unwrap()], &folder, &[]);
-}
-
-/// Starts a program of `programs` on host 1, its folder and options behind it, moves it to host 2 and back, and has it check itself
-/// after each move.
-#[track_caller]
-fn moves_and_returns(stage: &Stage, program: &[&str], folder: &TempDir, options: &[&str]) {
-    let folder = folder.path();
-    let argv = [program, &[folder.to_str().unwrap()], options].concat();
-    let root = start(stage.host(1), &argv).pid();
-    for (turn, (from, to)) in [(1, (1, 2)), (2, (2, 1))] {
-        says(stage, root, folder, &format!("ready {turn}"));
-        tree_moves(stage, from, root, to, &[]);
-        let seen = status(folder).len();
-        eventually("a sign of life", || status(folder).len() > seen + 1);
-        fs::write(folder.join(format!("go-{turn}")), "").unwrap();
-        says(stage, root, folder, &format!("good {turn}"));
-    }
-    fs::write(folder.join("end"), "").unwrap();
-    says(stage, root, folder, "done");
-    stage.host(1).wait_gone(root, LONG).unwrap();
-}
-
-/// Waits until a program of `programs` says that.
-#[track_caller]
-fn says(stage: &Stage, root: i32, folder: &Path, text: &str) {
-    eventually(text, || {
-        let alive = stage
-            .lab
-            .hosts()
-            .iter()
-            .any(|host| host.process_alive(root));
-        let said = status(folder);
-        let found = said.iter().any(|line| line == text);
-        assert!(found || alive, "it ended, saying {:?}", said.last());
-        found
-    });
-}
-
-/// Moves a tree, all of it, and leaves nothing of it, nor of the move.
-#[track_caller]
-fn tree_moves(stage: &Stage, from: usize, root: i32, to: usize, options: &[&str]) {
-    let said = stage.moved(from, root, to, options);
-    eprintln!("host {from} to host {to}:\n{said}");
-    let tree = tree_of(stage.host(to), root);
-    let left: Vec<i32> = tree
-        .iter()
-        .copied()
-        .filter(|pid| stage.host(from).process_alive(*pid))
-        .collect();
-    assert_eq!(left, Vec::<i32>::new(), "of {tree:?} still on host {from}");
-    stage.assert_clean(from, &[]);
-}
-
-/// What a program has said, without the numbers. They go up one by one: else an offset was lost.
-#[track_caller]
-fn status(folder: &Path) -> Vec<String> {
-    let text = fs::read_to_string(folder.join("status")).unwrap_or_default();
-    let complete = text.rfind('\n').map_or("", |end| &text[..end]);
-    let lines: Vec<String> = complete
-        .lines()
-        .zip(1..)
-        .map(|(line, number)| match line.split_once(' ') {
-            Some((own, text)) if own == number.to_string() => text.to_owned(),
-            _ => panic!("line {number} is {line:?}"),
-        })
-        .collect();
-    let wrong = lines.iter().find(|line| line.starts_with("wrong"));
-    assert_eq!(wrong, None);
-    lines
+    let Some(binary) = compiled("memory", folder.path(), &[]) else {
+        return;
+    };
+    let argv = [&*binary, folder.path()].map(|path| path.to_str().unwrap());
+    moves_and_returns(&stage, &argv, folder.path(), &[]);
 }
 
 fn two_hosts() -> Stage {
-    let stage = Stage::set(2, HAULIER);
-    // They live as long as their lab.
-    drop((stage.serve(1), stage.serve(2)));
-    stage
-}
-
-/// A folder that all hosts see, for this test alone.
-fn shared_folder() -> TempDir {
-    let mut builder = tempfile::Builder::new();
-    builder
-        .prefix("haulier-workload-")
-        .tempdir_in("/var/tmp")
-        .unwrap()
-}
-
-/// A file of `programs`.
-fn program(name: &str) -> String {
-    format!("{}/tests/programs/{name}", env!("CARGO_MANIFEST_DIR"))
-}
-
-/// A program of the system. Not there: the test is skipped, aloud, or fails in CI.
-#[track_caller]
-fn found(name: &str) -> Option<PathBuf> {
-    // The system's before any other: what a version manager puts first may be a script.
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders = [PathBuf::from("/usr/bin")]
-        .into_iter()
-        .chain(std::env::split_paths(&path));
-    let found = folders
-        .map(|folder| folder.join(name))
-        .find(|file| file.is_file());
-    if found.is_none() {
-        assert!(
-            std::env::var_os("CI").is_none_or(|ci| ci != "true"),
-            "CI has no {name}"
-        );
-        eprintln!("SKIPPED: there is no {name} on this machine");
-    }
-    found
-}
-
-#[track_caller]
-fn succeeds(command: &mut Command) {
-    let output = command.output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{command:?}: {said}");
+    play::two_hosts(HAULIER)
 }
 
 /// The only process of that name on a host.
@@ -334,19 +216,6 @@ fn named(host: &Host, name: &str) -> i32 {
     found.retain(|process| process.comm == name);
     assert_eq!(found.len(), 1, "{name}: {found:?}");
     found[0].pid
-}
-
-/// A process and all that descend from it.
-fn tree_of(host: &Host, root: i32) -> Vec<i32> {
-    let processes = host.processes().unwrap();
-    let mut tree = vec![root];
-    let mut at = 0;
-    while let Some(parent) = tree.get(at).copied() {
-        let children = processes.iter().filter(|process| process.parent == parent);
-        tree.extend(children.map(|process| process.pid));
-        at += 1;
-    }
-    tree
 }
 
 fn thread_count(host: &Host, pid: i32) -> usize {

@@ -91,7 +91,7 @@ impl Destination {
         let mut incoming = self.until_checked();
         incoming.say(control::Body::Findings(Findings::default()));
         match incoming.hear() {
-            control::Body::Begin(Begin { memory_streams }) => (incoming, memory_streams),
+            control::Body::Begin(begin) => (incoming, begin.memory_streams),
             other => panic!("{other:?} instead of a beginning"),
         }
     }
@@ -109,16 +109,24 @@ impl Destination {
             assert_eq!(purpose.secret, incoming.purpose.secret);
             incoming.streams.push(thread::spawn(|| drain(channel)));
         }
-        let (mut pages, mut images) = (0, 0);
+        let (mut pages, mut images, mut rounds) = (0, 0, 0);
         for stream in incoming.streams.drain(..) {
             match stream.join().unwrap() {
-                (Kind::ImagesDone, count) => images += count,
-                (_, count) => pages += count,
+                (Kind::ImagesDone, count, _) => images += count,
+                (_, count, number) => {
+                    pages += count;
+                    rounds = number;
+                }
             }
         }
         let offer = incoming.hear();
-        let images = u32::try_from(images).unwrap();
-        assert_eq!(offer, control::Body::Offer(Offer { pages, images }));
+        let expected = Offer {
+            pages,
+            images: u32::try_from(images).unwrap(),
+            left_behind: 0,
+            rounds,
+        };
+        assert_eq!(offer, control::Body::Offer(expected));
         assert!(pages > 0 && images > 0);
         incoming
     }
@@ -168,20 +176,24 @@ impl Incoming {
     }
 }
 
-/// Receives to the end of the images, or of the last round of pages; returns how many came.
-fn drain(mut channel: Channel) -> (Kind, u64) {
+/// Receives to the end of the images, or of the last round of pages; returns how many came, and in
+/// how many rounds.
+fn drain(mut channel: Channel) -> (Kind, u64, u32) {
+    let (mut pages, mut rounds) = (0, 0);
     loop {
         let (header, body) = channel.receive(&long()).unwrap();
         match header.kind {
             Kind::ImagesDone => {
                 let done: ImagesDone = message::decode(header.kind, &body).unwrap();
-                return (header.kind, done.images.into());
+                return (header.kind, done.images.into(), 0);
             }
             Kind::RoundEnd => {
                 let end: RoundEnd = message::decode(header.kind, &body).unwrap();
+                pages += end.pages;
                 if end.last {
-                    return (header.kind, end.pages);
+                    return (header.kind, pages, rounds);
                 }
+                rounds += 1;
             }
             _ => {}
         }
@@ -237,7 +249,10 @@ impl<'a> Source<'a> {
             matches!(findings, control::Body::Findings(_)),
             "{findings:?}"
         );
-        let prepared = ask(control::Body::Begin(Begin { memory_streams }));
+        let prepared = ask(control::Body::Begin(Begin {
+            memory_streams,
+            ..Begin::default()
+        }));
         assert_eq!(prepared, control::Body::Prepared(Prepared {}));
         command
     }

@@ -7,6 +7,8 @@
     reason = "each test uses some of it"
 )]
 
+pub mod play;
+
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
