@@ -53,22 +53,25 @@ apt_install_quietly() (
         -o Dpkg::Use-Pty=0 install "$@" >/dev/null
 )
 
-# Redis is wanted as a program, not as a service of this machine: neither now nor at the next boot.
-apt_disable_redis() {
-    deb-systemd-helper disable redis-server.service >/dev/null 2>&1 || true
-    update-rc.d redis-server disable >/dev/null 2>&1 || true
+# Redis and PostgreSQL are wanted as programs, not as services of this machine: neither now nor at
+# the next boot.
+apt_disable_service() {
+    deb-systemd-helper disable "$1.service" >/dev/null 2>&1 || true
+    update-rc.d "$1" disable >/dev/null 2>&1 || true
     # Under a policy-rc.d of the machine's own that allows services, it has started.
-    [[ ! -d /run/systemd/system ]] || systemctl --quiet stop redis-server.service || true
+    [[ ! -d /run/systemd/system ]] || systemctl --quiet stop "$1.service" || true
 }
 
 # Installs those of the given packages that are missing.
 apt_install() {
-    local missing
+    local missing service
     mapfile -t missing < <(apt_missing "$@")
     [[ ${#missing[@]} -gt 0 ]] || return 0
     need_root "packages are to be installed: ${missing[*]}"
     apt_update
     say "installing ${missing[*]}"
     apt_install_quietly "${missing[@]}" || die "apt-get install failed (see above)"
-    [[ " ${missing[*]} " != *" redis-server "* ]] || apt_disable_redis
+    for service in redis-server postgresql; do
+        [[ " ${missing[*]} " != *" $service "* ]] || apt_disable_service "$service"
+    done
 }

@@ -8,7 +8,7 @@ machine_demo_packages=(
     iproute2 iputils-ping nftables procps python3
     redis-server redis-tools
 )
-machine_test_packages=(curl default-jdk-headless)
+machine_test_packages=(curl default-jdk-headless postgresql)
 
 # Pipes of 4 MiB carry pages; beyond this limit they take CAP_SYS_RESOURCE, which containers lack.
 machine_pipe_size() {
