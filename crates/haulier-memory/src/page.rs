@@ -40,6 +40,19 @@ impl PageRange {
         self.pages.saturating_mul(PAGE)
     }
 
+    /// The first `pages` of it, and the others.
+    pub fn split(&self, pages: u64) -> (PageRange, PageRange) {
+        let first = PageRange {
+            start: self.start,
+            pages: pages.min(self.pages),
+        };
+        let rest = PageRange {
+            start: first.end(),
+            pages: self.pages - first.pages,
+        };
+        (first, rest)
+    }
+
     /// Whether it is aligned, not empty and inside the address space; the check for a range that
     /// came from a peer or a file.
     pub fn is_valid(&self) -> bool {

@@ -9,8 +9,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 use batch::Account;
-pub use batch::{BatchBuffer, PageData};
-use extents::{Content, Extents, Found};
+pub(crate) use batch::FilledPages;
+pub use batch::{BatchBuffer, PageBuffer, PageData};
+pub(crate) use extents::Content;
+use extents::{Extents, Found};
 
 use crate::page::{PAGE, PageRange, PageRun};
 
@@ -33,6 +35,12 @@ pub enum StoreError {
         used: u64,
         /// Bytes asked for.
         wanted: u64,
+    },
+    /// The kernel gives no memory, though the limit is not reached.
+    #[error("no memory for pages: {}", std::io::Error::from_raw_os_error(*number))]
+    Memory {
+        /// The error number.
+        number: i32,
     },
     /// Pages came after [`PageStore::seal`].
     #[error("pages of task {task} arrived after the last round was complete")]
@@ -138,7 +146,16 @@ impl PageStore {
         self.received.load(Ordering::Relaxed)
     }
 
-    /// A buffer to receive contents into, counted from now on. Nothing is allocated over the limit.
+    /// Pages to receive contents into, counted from now on until each is placed, replaced or
+    /// dropped. Nothing is allocated over the limit.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`], [`StoreError::Memory`].
+    pub fn pages(&self, count: usize) -> Result<PageBuffer, StoreError> {
+        self.account.pages(count)
+    }
+
+    /// A buffer in one piece to put contents into, counted from now on. Nothing is allocated over the limit.
     ///
     /// # Errors
     /// [`StoreError::Full`].
@@ -175,28 +192,46 @@ impl PageStore {
                 pages,
             });
         }
-        // A run adds one extent, and splits at most one in two more places.
-        let bookkeeping = runs.len() as u64 * 3 * EXTENT_BYTES;
+        let mut filled = data.into_pages()?;
+        let mut parts = Vec::with_capacity(runs.len());
+        for run in runs {
+            if run.zero {
+                parts.push((run.range, Content::Zero));
+                continue;
+            }
+            let mut range = run.range;
+            while range.pages > 0 {
+                let Some(pages) = filled.take(range.pages) else {
+                    unreachable!("the length was checked")
+                };
+                let (part, rest) = range.split(pages.count() as u64);
+                parts.push((part, Content::Data(pages)));
+                range = rest;
+            }
+        }
+        self.insert_parts(task, round, parts)
+    }
+
+    /// Puts pages in: valid ranges, and for each either zero or as many pages.
+    pub(crate) fn insert_parts(
+        &self,
+        task: u32,
+        round: u32,
+        parts: Vec<(PageRange, Content)>,
+    ) -> Result<(), StoreError> {
+        // A part adds one extent, and splits at most one in two more places.
+        let bookkeeping = parts.len() as u64 * 3 * EXTENT_BYTES;
         let watchers = {
             let mut state = self.lock();
             if state.sealed {
                 return Err(StoreError::Sealed { task });
             }
             self.account.charge(bookkeeping)?;
-            let batch = Arc::new(data);
             let extents = state.tasks.entry(task).or_default();
             let before = extents.len() as u64;
-            let mut offset = 0;
-            for run in runs {
-                let content = if run.zero {
-                    Content::Zero
-                } else {
-                    let at = offset;
-                    offset += run.range.bytes() as usize;
-                    Content::Data(batch.clone(), at)
-                };
-                extents.insert(run.range, round, content);
-                self.received.fetch_add(run.range.pages, Ordering::Relaxed);
+            for (range, content) in parts {
+                self.received.fetch_add(range.pages, Ordering::Relaxed);
+                extents.insert(range, round, content);
             }
             let after = extents.len() as u64;
             self.account
@@ -427,19 +462,41 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_lives_as_long_as_one_of_its_pages() {
+    fn each_page_is_given_back_when_its_last_reader_is_gone() {
         let store = PageStore::new(1 << 20);
         let batch = filled(&store, &[1, 2, 3]);
         store.insert(TASK, 0, &[run(10, 3, false)], batch).unwrap();
         store.discard(TASK, run(10, 2, false).range);
-        assert_eq!(store.used(), 3 * PAGE + EXTENT_BYTES);
+        assert_eq!(store.used(), PAGE + EXTENT_BYTES);
         let Lookup::Data(last) = store.take_run(TASK, 12 * PAGE, 9) else {
             panic!("page 12 lost")
         };
-        assert_eq!(store.used(), 3 * PAGE, "the reader still holds it");
+        assert_eq!(store.used(), PAGE, "the reader still holds it");
         assert!(last.iter().all(|byte| *byte == 3));
         drop(last);
         assert_eq!(store.used(), 0);
+    }
+
+    #[test]
+    fn pages_that_are_written_again_and_again_take_no_more_room() {
+        // Twelve pages, of which one or the other comes anew in each round: a limit of a few more
+        // is enough for ever.
+        let store = PageStore::new(24 * PAGE);
+        let batch = filled(&store, &[1; 12]);
+        store.insert(TASK, 0, &[run(0, 12, false)], batch).unwrap();
+        let mut last = 0;
+        for round in 1..200 {
+            let page = u64::from(round) * 7 % 12;
+            last = page;
+            let batch = filled(&store, &[round as u8]);
+            store
+                .insert(TASK, round, &[run(page, 1, false)], batch)
+                .unwrap();
+        }
+        let Lookup::Data(data) = store.lookup(TASK, last * PAGE, 1) else {
+            panic!("lost")
+        };
+        assert_eq!(data[0], 199);
     }
 
     #[test]
@@ -524,6 +581,11 @@ mod tests {
             page: u64,
             pages: u64,
         },
+        DiscardBefore {
+            round: u32,
+            page: u64,
+            pages: u64,
+        },
         Retain(Vec<(u64, u64)>),
     }
 
@@ -535,6 +597,8 @@ mod tests {
             4 => (0..4_u32, runs).prop_map(|(round, runs)| Action::Insert { round, runs }),
             3 => (0..PAGES, 1..12_u64).prop_map(|(page, max)| Action::Take { page, max }),
             1 => (0..PAGES, 1..12_u64).prop_map(|(page, pages)| Action::Discard { page, pages }),
+            2 => (0..5_u32, 0..PAGES, 1..12_u64)
+                .prop_map(|(round, page, pages)| Action::DiscardBefore { round, page, pages }),
             1 => prop::collection::vec((0..6_u64, 1..8_u64), 0..4).prop_map(Action::Retain),
         ]
     }
@@ -583,6 +647,12 @@ mod tests {
                     Action::Discard { page, pages } => {
                         store.discard(TASK, run(page, pages, false).range);
                         model.retain(|at, _| !(page..page + pages).contains(at));
+                    }
+                    Action::DiscardBefore { round, page, pages } => {
+                        store.discard_before(TASK, round, run(page, pages, false).range).unwrap();
+                        model.retain(|at, old| {
+                            !(page..page + pages).contains(at) || old.0 >= round
+                        });
                     }
                     Action::Retain(gaps) => {
                         let (mut from, mut ranges) = (0, Vec::new());

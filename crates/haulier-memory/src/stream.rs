@@ -4,9 +4,13 @@
 //! frames ([`frame`]) and a `RoundEnd` that says how many pages there were. Nothing on one channel
 //! depends on what another has brought.
 
+mod choice;
+mod codec;
+mod dictionary;
 mod discard;
 mod encoder;
 mod frame;
+mod limiter;
 mod options;
 mod receiver;
 mod sender;

@@ -3,6 +3,7 @@
 pub mod datagram;
 pub mod namespaces;
 pub mod packet;
+pub mod pages;
 pub mod pidfd;
 pub mod priority;
 pub mod process_memory;

@@ -2,6 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use haulier_proto::frame::{FrameError, HEADER_BYTES, Header, Kind};
 use haulier_proto::message::{self, Control, control};
@@ -20,6 +21,7 @@ pub struct Channel {
     peer: String,
     sent: u64,
     received: u64,
+    blocked: Duration,
 }
 
 impl Channel {
@@ -35,6 +37,7 @@ impl Channel {
             peer: peer.into(),
             sent: 0,
             received: 0,
+            blocked: Duration::ZERO,
         })
     }
 
@@ -49,6 +52,7 @@ impl Channel {
             peer: self.peer.clone(),
             sent: 0,
             received: 0,
+            blocked: Duration::ZERO,
         })
     }
 
@@ -65,6 +69,11 @@ impl Channel {
     /// Bytes received through this handle, headers included.
     pub fn received(&self) -> u64 {
         self.received
+    }
+
+    /// How long this handle has waited for the peer, or the way to it, to take what it sends.
+    pub fn blocked(&self) -> Duration {
+        self.blocked
     }
 
     /// The socket, for polling beside other descriptors.
@@ -230,8 +239,10 @@ impl Channel {
                     IoSlice::advance_slices(&mut slices, count);
                 }
                 Err(Errno::AGAIN) => {
-                    wait.writable(&self.socket)
-                        .map_err(|e| self.wait_error(e, DOING))?;
+                    let start = Instant::now();
+                    let ready = wait.writable(&self.socket);
+                    self.blocked += start.elapsed();
+                    ready.map_err(|e| self.wait_error(e, DOING))?;
                 }
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(self.io_error(errno.into(), DOING)),
@@ -305,7 +316,6 @@ impl Channel {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;
-    use std::time::Duration;
 
     use haulier_proto::message::{Begin, Commit};
 

@@ -1,20 +1,31 @@
 //! The pages of one task that the store holds, as disjoint extents by address.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
-use super::batch::{BatchBuffer, PageData};
+use haulier_sys::pages::Pages;
+
+use super::batch::PageData;
 use crate::page::{PAGE, PageRange};
 
 /// What an extent's pages are.
-#[derive(Debug, Clone)]
-pub(super) enum Content {
+#[derive(Debug)]
+pub(crate) enum Content {
     Zero,
-    /// Successive pages of the batch from this offset in bytes.
-    Data(Arc<BatchBuffer>, usize),
+    /// As many pages as the extent has.
+    Data(Pages),
 }
 
-#[derive(Debug, Clone)]
+impl Content {
+    /// Part of it, from one page up to another.
+    fn part(&self, from: u64, to: u64) -> Content {
+        match self {
+            Content::Zero => Content::Zero,
+            Content::Data(pages) => Content::Data(pages.share(from as usize..to as usize)),
+        }
+    }
+}
+
+#[derive(Debug)]
 struct Extent {
     pages: u64,
     round: u32,
@@ -54,14 +65,15 @@ impl Extents {
             .collect();
         if kept.is_empty() {
             self.remove_whole(start, end);
-            self.put(start, end, start, round, content);
+            self.put(start, end, round, content);
             return;
         }
         let mut from = start;
         for (kept_start, kept_end) in kept.into_iter().chain([(end, end)]) {
             if from < kept_start {
                 self.remove_whole(from, kept_start);
-                self.put(from, kept_start, start, round, content.clone());
+                let part = content.part((from - start) / PAGE, (kept_start - start) / PAGE);
+                self.put(from, kept_start, round, part);
             }
             from = kept_end;
         }
@@ -107,11 +119,10 @@ impl Extents {
                 let pages = (extent.pages - skip).min(max_pages);
                 return match &extent.content {
                     Content::Zero => Found::Zero(pages),
-                    Content::Data(batch, offset) => Found::Data(PageData {
-                        batch: batch.clone(),
-                        offset: offset + (skip * PAGE) as usize,
-                        len: (pages * PAGE) as usize,
-                    }),
+                    Content::Data(data) => {
+                        let (from, to) = (skip as usize, (skip + pages) as usize);
+                        Found::Data(PageData(data.share(from..to)))
+                    }
                 };
             }
         }
@@ -123,14 +134,8 @@ impl Extents {
         )
     }
 
-    /// Adds `[start, end)`, where nothing is, of a content that begins at `origin`.
-    fn put(&mut self, start: u64, end: u64, origin: u64, round: u32, content: Content) {
-        let content = match content {
-            Content::Zero => Content::Zero,
-            Content::Data(batch, offset) => {
-                Content::Data(batch, offset + (start - origin) as usize)
-            }
-        };
+    /// Adds `[start, end)`, where nothing is.
+    fn put(&mut self, start: u64, end: u64, round: u32, content: Content) {
         let pages = (end - start) / PAGE;
         // Zero pages come in many small runs that lie side by side.
         if let (Content::Zero, Some((before, extent))) =
@@ -161,11 +166,9 @@ impl Extents {
         if head >= extent.pages {
             return;
         }
-        let content = match &extent.content {
+        let content = match &mut extent.content {
             Content::Zero => Content::Zero,
-            Content::Data(batch, offset) => {
-                Content::Data(batch.clone(), offset + (head * PAGE) as usize)
-            }
+            Content::Data(pages) => Content::Data(pages.split_off(head as usize)),
         };
         let tail = Extent {
             pages: extent.pages - head,

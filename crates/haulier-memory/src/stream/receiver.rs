@@ -4,9 +4,12 @@ use haulier_proto::frame::{FrameError, Header, Kind};
 use haulier_proto::message::{self, RoundEnd};
 use haulier_transport::channel::Channel;
 
-use super::{PageFrameError, ReceiveStats, StreamError, discard, frame};
-use crate::page::PageRun;
-use crate::store::PageStore;
+use super::codec::{Codec, Decompressor};
+use super::dictionary::Received;
+use super::frame::{self, Run, RunKind};
+use super::{PageFrameError, ReceiveStats, StreamError, discard};
+use crate::page::{PAGE_BYTES, PageRange, PageRun};
+use crate::store::{Content, FilledPages, PageStore};
 use crate::wait::Wait;
 
 /// Receives all rounds of one channel into the store, until the peer says that none follows. Each
@@ -148,10 +151,18 @@ pub struct ReceivedFrame<'a> {
 }
 
 /// Receives the page frames of one channel, all of them: a frame may refer to earlier ones.
+///
+/// It keeps, beside the pages of its dictionary, which are the store's, at most one frame.
 #[derive(Debug, Default)]
 pub struct FrameReceiver {
     table: Vec<u8>,
+    references: Vec<u8>,
+    frame_runs: Vec<Run>,
     runs: Vec<PageRun>,
+    dictionary: Received,
+    decompressor: Decompressor,
+    encoded: Vec<u8>,
+    decoded: Vec<u8>,
 }
 
 impl FrameReceiver {
@@ -182,26 +193,94 @@ impl FrameReceiver {
         let head = frame::decode_head(&bytes, length).map_err(|e| invalid(channel, e))?;
         self.table.resize(head.runs * frame::RUN_BYTES, 0);
         channel.receive_part(&mut [&mut self.table], wait)?;
-        let contents = length - bytes.len() - self.table.len();
-        frame::decode_runs(&self.table, contents, &mut self.runs)
+        let rest = length - bytes.len() - self.table.len();
+        let totals = frame::decode_runs(&self.table, head.codec, rest, &mut self.frame_runs)
             .map_err(|e| invalid(channel, e))?;
-        let mut data = store.buffer(contents)?;
-        channel.receive_part(&mut [&mut data], wait)?;
-        header
-            .verify(&[&bytes, &self.table, &data])
-            .map_err(|error| channel.frame_error(error))?;
+        self.references
+            .resize(totals.references * frame::REFERENCE_BYTES, 0);
+        let mut pages = store.pages(totals.contents)?;
+        if head.codec == Codec::None {
+            let mut parts = pages.parts();
+            parts.insert(0, &mut self.references);
+            channel.receive_part(&mut parts, wait)?;
+            let mut read: Vec<&[u8]> = vec![&bytes, &self.table, &self.references];
+            read.extend(pages.contents());
+            verify(channel, header, &read)?;
+        } else {
+            self.encoded.resize(rest - self.references.len(), 0);
+            let mut parts: [&mut [u8]; 2] = [&mut self.references, &mut self.encoded];
+            channel.receive_part(&mut parts, wait)?;
+            let read: [&[u8]; 4] = [&bytes, &self.table, &self.references, &self.encoded];
+            verify(channel, header, &read)?;
+            let expected = totals.contents * PAGE_BYTES;
+            self.decoded.resize(expected, 0);
+            if !self
+                .decompressor
+                .decompress(head.codec, &self.encoded, &mut self.decoded)
+            {
+                return Err(invalid(channel, PageFrameError::Compressed { expected }));
+            }
+            pages.fill(&self.decoded);
+        }
         // Only now: a damaged frame may say anything.
         check_round(channel, round.unwrap_or(head.round), head.round)?;
-        store.insert(head.task, head.round, &self.runs, data)?;
-        let pages = |runs: &[PageRun]| runs.iter().map(|run| run.range.pages).sum();
-        let zeros = self.runs.iter().filter(|run| run.zero);
+        let parts = self
+            .resolve(pages.freeze())
+            .map_err(|e| invalid(channel, e))?;
+        store.insert_parts(head.task, head.round, parts)?;
+        self.runs.clear();
+        let mut zero_pages = 0;
+        for run in &self.frame_runs {
+            let zero = run.kind == RunKind::Zero;
+            zero_pages += if zero { run.range.pages } else { 0 };
+            let range = run.range;
+            self.runs.push(PageRun { range, zero });
+        }
         Ok(ReceivedFrame {
             task: head.task,
             round: head.round,
-            pages: pages(&self.runs),
-            zero_pages: zeros.map(|run| run.range.pages).sum(),
-            duplicates: 0,
+            pages: totals.pages,
+            zero_pages,
+            duplicates: totals.references as u64,
             runs: &self.runs,
         })
     }
+
+    /// Which pages go where, by the runs of the frame and the contents that came.
+    fn resolve(
+        &mut self,
+        mut filled: FilledPages,
+    ) -> Result<Vec<(PageRange, Content)>, PageFrameError> {
+        let mut references = frame::references(&self.references);
+        let mut parts = Vec::with_capacity(self.frame_runs.len());
+        for run in &self.frame_runs {
+            if run.kind == RunKind::Zero {
+                parts.push((run.range, Content::Zero));
+                continue;
+            }
+            let mut rest = run.range;
+            while rest.pages > 0 {
+                let pages = if run.kind == RunKind::Reference {
+                    // As many as there are pages: the lengths were checked.
+                    let entry = references.next().ok_or(PageFrameError::Short)?;
+                    let page = self.dictionary.page(entry);
+                    page.ok_or(PageFrameError::Reference(entry))?
+                } else {
+                    filled.take(rest.pages).ok_or(PageFrameError::Short)?
+                };
+                if run.kind == RunKind::Define {
+                    self.dictionary.define(&pages);
+                }
+                let (part, behind) = rest.split(pages.count() as u64);
+                parts.push((part, Content::Data(pages)));
+                rest = behind;
+            }
+        }
+        Ok(parts)
+    }
+}
+
+fn verify(channel: &Channel, header: &Header, parts: &[&[u8]]) -> Result<(), StreamError> {
+    let outcome = header.verify(parts);
+    Ok(outcome.map_err(|error| channel.frame_error(error))?)
 }

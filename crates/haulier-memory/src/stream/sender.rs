@@ -1,7 +1,7 @@
 //! The sending side: rounds over N channels, a thread for each.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
@@ -11,6 +11,7 @@ use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
 
 use super::encoder::FrameSender;
+use super::limiter::{self, Limiter};
 use super::{RoundStats, StreamError, StreamOptions, discard};
 use crate::page::PageRange;
 use crate::reader::{Chunk, PageReader, TaskPages};
@@ -23,7 +24,8 @@ use crate::wait::Wait;
 #[derive(Debug)]
 pub struct PageSender {
     lanes: Vec<Lane>,
-    options: StreamOptions,
+    limiter: Arc<Limiter>,
+    bandwidth: Option<u64>,
     next_round: u32,
     failed: bool,
 }
@@ -44,13 +46,15 @@ impl PageSender {
         if channels.is_empty() {
             return Err(StreamError::NoChannel);
         }
+        let limiter = Arc::new(Limiter::new(options.bandwidth));
         let lane = |channel| Lane {
             channel,
-            frames: FrameSender::new(&options),
+            frames: FrameSender::limited(&options, limiter.clone()),
         };
         Ok(Self {
             lanes: channels.into_iter().map(lane).collect(),
-            options,
+            bandwidth: options.bandwidth,
+            limiter,
             next_round: 0,
             failed: false,
         })
@@ -58,7 +62,8 @@ impl PageSender {
 
     /// Changes the limit, in bytes per second over all channels, for the rounds to come.
     pub fn set_bandwidth(&mut self, bandwidth: Option<u64>) {
-        self.options.bandwidth = bandwidth;
+        self.bandwidth = bandwidth;
+        self.limiter.set(bandwidth);
     }
 
     /// Sends a round: first, on every channel, that pages older than it are gone (task and ranges),
@@ -78,7 +83,9 @@ impl PageSender {
         wait: &Wait,
     ) -> Result<RoundStats, StreamError> {
         let start = Instant::now();
-        let reader = PageReader::new(tasks)?.running(running);
+        let reader = PageReader::new(tasks)?
+            .running(running)
+            .chunk_pages(limiter::chunk_pages(self.bandwidth));
         let mut stats =
             self.on_all(|lane, group| lane.send(&reader, discard, round, group, wait))?;
         self.next_round = round + 1;
@@ -157,6 +164,7 @@ impl Lane {
         for (task, ranges) in discard {
             discard::send(&mut self.channel, *task, round, ranges, wait)?;
         }
+        self.frames.pause();
         let mut chunk = Chunk::default();
         while !group.failed.load(Ordering::Relaxed) && reader.read(&mut chunk)? {
             stats.add(&self.frames.send(&mut self.channel, &chunk, round, wait)?);

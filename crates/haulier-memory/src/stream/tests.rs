@@ -1,5 +1,7 @@
 //! Streams over real sockets: from our own memory, and from hostile peers.
 
+mod rounds;
+
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -10,8 +12,10 @@ use haulier_proto::frame::{FrameError, Header, Kind};
 use haulier_proto::message::RoundEnd;
 use haulier_sys::userfaultfd::Region;
 
+use super::codec::Codec;
+use super::frame::{Run, RunKind};
 use super::*;
-use crate::page::{PAGE, PAGE_BYTES, PageRange, PageRun};
+use crate::page::{PAGE, PAGE_BYTES, PageRange};
 use crate::store::{Lookup, PageStore};
 
 fn soon() -> Wait {
@@ -33,6 +37,10 @@ fn task(vpid: u32, pages: usize, seed: u8) -> (Region, TaskPages) {
     let region = Region::map(pages * PAGE_BYTES).unwrap();
     for page in (0..pages).filter(|page| page % 4 != 2) {
         region.write(page * PAGE_BYTES + 77, value(seed, page));
+        // No two are the same.
+        for (offset, byte) in (page as u32).to_le_bytes().into_iter().enumerate() {
+            region.write(page * PAGE_BYTES + 3000 + offset, byte);
+        }
     }
     let range = PageRange {
         start: region.address(),
@@ -67,7 +75,11 @@ fn check(store: &PageStore, region: &Region, vpid: u32, seed: u8) {
 #[test]
 fn several_rounds_over_several_channels_arrive_whole() {
     let (sources, destinations): (Vec<_>, Vec<_>) = (0..3).map(|_| tcp_pair()).unzip();
-    let mut sender = PageSender::new(sources, StreamOptions::default()).unwrap();
+    let options = StreamOptions {
+        compression: Compression::None,
+        ..StreamOptions::default()
+    };
+    let mut sender = PageSender::new(sources, options).unwrap();
     let store = PageStore::new(1 << 30);
     let (first, first_pages) = task(10, 3000, 0x11);
     let (second, second_pages) = task(11, 1001, 0x55);
@@ -162,11 +174,11 @@ fn unix_pair() -> (Channel, Channel) {
 
 fn head(round: u32, pages: u64, zero: bool) -> Vec<u8> {
     let mut head = Vec::new();
-    let run = PageRun {
+    let run = Run {
         range: PageRange { start: PAGE, pages },
-        zero,
+        kind: if zero { RunKind::Zero } else { RunKind::Data },
     };
-    frame::encode(1, round, &[run], &mut head);
+    frame::encode(1, round, Codec::None, &[run], &[], &mut head);
     head
 }
 
@@ -196,6 +208,27 @@ fn hostile_frames_are_refused_before_anything_is_allocated_for_them() {
         ),
         "{error}"
     );
+    let frame_of = |codec, kind, references: &[u32]| {
+        let (mut head, start) = (Vec::new(), PAGE);
+        let range = PageRange { start, pages: 1 };
+        frame::encode(1, 0, codec, &[Run { range, kind }], references, &mut head);
+        head
+    };
+    let reason = |error| match error {
+        StreamError::Frame { reason, .. } => reason,
+        other => panic!("{other}"),
+    };
+    for entry in [0, 2047, u32::MAX] {
+        let frame = frame_of(Codec::None, RunKind::Reference, &[entry]);
+        let error = refusal(Kind::Pages, &[&frame]);
+        assert_eq!(reason(error), PageFrameError::Reference(entry));
+    }
+    for codec in [Codec::Lz4, Codec::Zstd] {
+        let frame = frame_of(codec, RunKind::Data, &[]);
+        let error = refusal(Kind::Pages, &[&frame, &[0x5A; 100]]);
+        assert_eq!(reason(error), PageFrameError::Compressed { expected: 4096 });
+    }
+    assert!(invalid(refusal(Kind::Discard, &[&[0; 23]])));
     let error = refusal(Kind::ImageData, &[b""]);
     assert!(
         matches!(error, StreamError::Channel(TransportError::Frame { .. })),

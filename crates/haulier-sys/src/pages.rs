@@ -1,0 +1,493 @@
+//! Memory in pages that are shared, counted and reused one by one.
+//!
+//! Pages come from arenas of 2 MiB, each of which the kernel may back by one huge page: that saves
+//! most of what touching fresh memory costs. A page is free again when the last [`Pages`] that has
+//! it is dropped; a free page is used before a new arena is made, and an arena without a used page
+//! goes back to the kernel, except for a few that are kept warm.
+
+use std::fmt;
+use std::io;
+use std::ops::{Deref, DerefMut, Range};
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+use std::collections::BTreeSet;
+
+/// Bytes of a page of the pool, whatever the machine's own are.
+pub const PAGE_BYTES: usize = 4096;
+
+/// Pages of an arena.
+const ARENA_PAGES: usize = 512;
+const ARENA_BYTES: usize = ARENA_PAGES * PAGE_BYTES;
+const WORDS: usize = ARENA_PAGES / 64;
+
+/// Arenas without a used page that are kept.
+const WARM: usize = 4;
+
+/// Where pages come from. Pages keep it alive.
+#[derive(Debug, Clone)]
+pub struct PagePool {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    used: Arc<AtomicU64>,
+    arenas: Mutex<Arenas>,
+}
+
+/// All arenas, and which of their pages are free.
+#[derive(Debug, Default)]
+struct Arenas {
+    slots: Vec<Option<Slot>>,
+    vacant: Vec<usize>,
+    /// Slots with free pages. The lowest is used first, so that others run empty.
+    partial: BTreeSet<usize>,
+    /// How many of them have no used page.
+    warm: usize,
+}
+
+#[derive(Debug)]
+struct Slot {
+    arena: Arc<Arena>,
+    /// A bit for each page.
+    free: [u64; WORDS],
+    free_pages: usize,
+}
+
+impl PagePool {
+    /// An empty pool. The bytes of each page that becomes free are subtracted from `used`; to add
+    /// those of pages that are taken is up to the caller, who knows the limit.
+    pub fn new(used: Arc<AtomicU64>) -> Self {
+        let arenas = Mutex::default();
+        Self {
+            inner: Arc::new(Inner { used, arenas }),
+        }
+    }
+
+    /// Takes `count` pages, whose contents are what somebody left there or zero, as few successive
+    /// runs. What was taken is freed, and subtracted from the number of used bytes, if not all can
+    /// be had.
+    ///
+    /// # Errors
+    /// If the kernel gives no memory; nothing is taken then, and the bytes of all `count` pages are
+    /// subtracted.
+    pub fn take(&self, count: usize) -> io::Result<Vec<PagesMut>> {
+        let mut runs = Vec::with_capacity(1);
+        let mut missing = count;
+        let mut arenas = self.inner.lock();
+        while missing > 0 {
+            let index = match arenas.partial.first() {
+                Some(index) => *index,
+                None => match Arena::map() {
+                    Ok(arena) => arenas.add(arena),
+                    Err(error) => {
+                        // The runs are freed without the lock, which they need.
+                        drop(arenas);
+                        let bytes = (missing * PAGE_BYTES) as u64;
+                        self.inner.used.fetch_sub(bytes, Ordering::Relaxed);
+                        return Err(error);
+                    }
+                },
+            };
+            let (arena, part) = arenas.take_from(index, missing);
+            missing -= part.len();
+            runs.push(PagesMut(Pages {
+                pool: self.inner.clone(),
+                arena,
+                slot: index as u32,
+                first: part.start as u16,
+                count: part.len() as u16,
+            }));
+        }
+        Ok(runs)
+    }
+
+    /// Bytes that the pool has from the kernel, free pages included.
+    pub fn mapped(&self) -> u64 {
+        let arenas = self.inner.lock();
+        ((arenas.slots.len() - arenas.vacant.len()) * ARENA_BYTES) as u64
+    }
+}
+
+impl Inner {
+    /// No step in between can panic.
+    fn lock(&self) -> MutexGuard<'_, Arenas> {
+        self.arenas.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn free(&self, slot: usize, pages: Range<usize>) {
+        let unused = self.lock().give_back(slot, pages.clone());
+        let bytes = (pages.len() * PAGE_BYTES) as u64;
+        self.used.fetch_sub(bytes, Ordering::Relaxed);
+        // Unmapped without the lock.
+        drop(unused);
+    }
+}
+
+impl Arenas {
+    fn add(&mut self, arena: Arena) -> usize {
+        let slot = Some(Slot {
+            arena: Arc::new(arena),
+            free: [u64::MAX; WORDS],
+            free_pages: ARENA_PAGES,
+        });
+        let index = match self.vacant.pop() {
+            Some(index) => {
+                self.slots[index] = slot;
+                index
+            }
+            None => {
+                self.slots.push(slot);
+                self.slots.len() - 1
+            }
+        };
+        self.partial.insert(index);
+        self.warm += 1;
+        index
+    }
+
+    /// Takes the first free pages of an arena that has some, at most so many and successive ones.
+    fn take_from(&mut self, index: usize, most: usize) -> (Arc<Arena>, Range<usize>) {
+        let Some(slot) = self.slots[index].as_mut() else {
+            unreachable!("only slots with an arena have free pages")
+        };
+        if slot.free_pages == ARENA_PAGES {
+            self.warm -= 1;
+        }
+        let is_free = |page: usize| slot.free[page / 64] & (1 << (page % 64)) != 0;
+        let first = (0..WORDS).find(|word| slot.free[*word] != 0).unwrap_or(0);
+        let first = first * 64 + slot.free[first].trailing_zeros() as usize;
+        let mut end = first + 1;
+        while end < ARENA_PAGES && end - first < most && is_free(end) {
+            end += 1;
+        }
+        for page in first..end {
+            slot.free[page / 64] &= !(1 << (page % 64));
+        }
+        slot.free_pages -= end - first;
+        if slot.free_pages == 0 {
+            self.partial.remove(&index);
+        }
+        (slot.arena.clone(), first..end)
+    }
+
+    /// Marks pages free. Returns the arena if nothing of it is needed any more.
+    fn give_back(&mut self, index: usize, pages: Range<usize>) -> Option<Slot> {
+        let slot = self.slots[index].as_mut()?;
+        slot.free_pages += pages.len();
+        for page in pages {
+            slot.free[page / 64] |= 1 << (page % 64);
+        }
+        self.partial.insert(index);
+        if slot.free_pages < ARENA_PAGES {
+            return None;
+        }
+        if self.warm < WARM {
+            self.warm += 1;
+            return None;
+        }
+        self.partial.remove(&index);
+        self.vacant.push(index);
+        self.slots[index].take()
+    }
+}
+
+/// A mapping, and how many [`Pages`] have each of its pages.
+struct Arena {
+    base: NonNull<u8>,
+    holders: [AtomicU32; ARENA_PAGES],
+}
+
+// SAFETY: the mapping belongs to the arena alone and may be used from any thread; who may access
+// which page of it is decided by the holders of Pages and PagesMut.
+unsafe impl Send for Arena {}
+// SAFETY: as above.
+unsafe impl Sync for Arena {}
+
+impl Arena {
+    fn map() -> io::Result<Self> {
+        let twice = 2 * ARENA_BYTES;
+        let flags = MapFlags::PRIVATE;
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping wherever the kernel likes.
+        let start = unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), twice, prot, flags) }?;
+        let before = start.align_offset(ARENA_BYTES);
+        let base = start.wrapping_byte_add(before);
+        // What is too much goes back; failing that, it stays unused.
+        if before > 0 {
+            // SAFETY: the beginning of the mapping just made, to which no reference exists.
+            let _ = unsafe { rustix::mm::munmap(start, before) };
+        }
+        let end = base.wrapping_byte_add(ARENA_BYTES);
+        // SAFETY: the rest of the mapping just made, to which no reference exists.
+        let _ = unsafe { rustix::mm::munmap(end, ARENA_BYTES - before) };
+        // Only a wish: without huge pages all works, slower.
+        // SAFETY: inside the mapping just made; the advice changes no contents.
+        let _ = unsafe { rustix::mm::madvise(base, ARENA_BYTES, Advice::LinuxHugepage) };
+        let base = NonNull::new(base.cast::<u8>())
+            .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        Ok(Self {
+            base,
+            holders: [const { AtomicU32::new(1) }; ARENA_PAGES],
+        })
+    }
+
+    fn at(&self, page: usize) -> *mut u8 {
+        debug_assert!(page <= ARENA_PAGES, "page {page}");
+        self.base.as_ptr().wrapping_add(page * PAGE_BYTES)
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `map` at this length; no Pages exist, as each keeps the arena alive.
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), ARENA_BYTES) };
+    }
+}
+
+impl fmt::Debug for Arena {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Arena({:p})", self.base)
+    }
+}
+
+/// Successive pages that nobody else has, to be written.
+#[derive(Debug)]
+pub struct PagesMut(Pages);
+
+impl PagesMut {
+    /// The same pages, to be read and shared.
+    pub fn freeze(self) -> Pages {
+        self.0
+    }
+}
+
+impl Deref for PagesMut {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl DerefMut for PagesMut {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let len = self.0.len();
+        let start = self.0.arena.at(self.0.first.into());
+        // SAFETY: the pages are mapped for as long as the arena lives, which we hold; they were
+        // taken from the free ones, and no Pages of them were handed out since, so that this borrow
+        // is the only one.
+        unsafe { std::slice::from_raw_parts_mut(start, len) }
+    }
+}
+
+/// Successive pages that may be shared, and do not change. Each page is free when its last holder
+/// is gone.
+pub struct Pages {
+    pool: Arc<Inner>,
+    arena: Arc<Arena>,
+    slot: u32,
+    first: u16,
+    count: u16,
+}
+
+impl Pages {
+    /// Number of pages, at least one.
+    pub fn count(&self) -> usize {
+        self.count.into()
+    }
+
+    /// A second holder of some of the pages.
+    ///
+    /// # Panics
+    /// If the range is empty or not one of these pages.
+    pub fn share(&self, pages: Range<usize>) -> Pages {
+        assert!(
+            pages.start < pages.end && pages.end <= self.count(),
+            "no pages {pages:?} of {}",
+            self.count
+        );
+        let first = self.first + pages.start as u16;
+        let count = pages.len() as u16;
+        for page in first..first + count {
+            // Whoever makes a holder is one: the number cannot be zero meanwhile.
+            self.arena.holders[usize::from(page)].fetch_add(1, Ordering::Relaxed);
+        }
+        Pages {
+            pool: self.pool.clone(),
+            arena: self.arena.clone(),
+            slot: self.slot,
+            first,
+            count,
+        }
+    }
+
+    /// Keeps the first `count` pages, and returns the others.
+    ///
+    /// # Panics
+    /// If either part would be empty.
+    pub fn split_off(&mut self, count: usize) -> Pages {
+        assert!(
+            count > 0 && count < self.count(),
+            "no border at {count} of {}",
+            self.count
+        );
+        let rest = Pages {
+            pool: self.pool.clone(),
+            arena: self.arena.clone(),
+            slot: self.slot,
+            first: self.first + count as u16,
+            count: self.count - count as u16,
+        };
+        self.count = count as u16;
+        rest
+    }
+}
+
+impl Clone for Pages {
+    fn clone(&self) -> Self {
+        self.share(0..self.count())
+    }
+}
+
+impl Deref for Pages {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        let start = self.arena.at(self.first.into());
+        // SAFETY: the pages are mapped for as long as the arena lives, which we hold, and zeroed or
+        // written; they are not free while we hold them, and only free pages become a PagesMut.
+        unsafe { std::slice::from_raw_parts(start, self.count() * PAGE_BYTES) }
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        let (first, end) = (
+            usize::from(self.first),
+            usize::from(self.first) + self.count(),
+        );
+        let mut from = first;
+        for page in first..end {
+            let holders = &self.arena.holders[page];
+            // The last one frees, after all that others have done with the page.
+            if holders.fetch_sub(1, Ordering::Release) == 1 {
+                fence(Ordering::Acquire);
+                // For the next that takes it.
+                holders.store(1, Ordering::Relaxed);
+                continue;
+            }
+            if from < page {
+                self.pool.free(self.slot as usize, from..page);
+            }
+            from = page + 1;
+        }
+        if from < end {
+            self.pool.free(self.slot as usize, from..end);
+        }
+    }
+}
+
+impl fmt::Debug for Pages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Pages({} of {:?})", self.count, self.arena)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool() -> (PagePool, Arc<AtomicU64>) {
+        let used = Arc::new(AtomicU64::new(0));
+        (PagePool::new(used.clone()), used)
+    }
+
+    fn take(pool: &PagePool, used: &AtomicU64, count: usize) -> Vec<PagesMut> {
+        used.fetch_add((count * PAGE_BYTES) as u64, Ordering::Relaxed);
+        pool.take(count).unwrap()
+    }
+
+    fn pages(used: &AtomicU64) -> u64 {
+        used.load(Ordering::Relaxed) / PAGE_BYTES as u64
+    }
+
+    #[test]
+    fn a_page_is_free_when_its_last_holder_is_gone() {
+        let (pool, used) = pool();
+        let mut run = take(&pool, &used, 10).pop().unwrap();
+        for (number, page) in run.chunks_exact_mut(PAGE_BYTES).enumerate() {
+            page.fill(number as u8);
+        }
+        let mut front = run.freeze();
+        let middle = front.share(3..6);
+        let back = front.split_off(5);
+        drop(front);
+        assert_eq!(pages(&used), 7, "pages 0, 1 and 2 are free");
+        assert_eq!((middle[0], middle[2 * PAGE_BYTES]), (3, 5));
+        drop(back);
+        assert_eq!(pages(&used), 3);
+        assert_eq!((middle[0], middle[2 * PAGE_BYTES]), (3, 5));
+        let again = take(&pool, &used, 7);
+        let counts: Vec<usize> = again.iter().map(|run| run.len() / PAGE_BYTES).collect();
+        assert_eq!(counts, [3, 4], "free pages are used before fresh ones");
+        drop((middle, again));
+        assert_eq!(pages(&used), 0);
+    }
+
+    #[test]
+    fn holes_are_used_before_memory_is_mapped() {
+        let (pool, used) = pool();
+        let all: Vec<Pages> = (0..4 * ARENA_PAGES)
+            .map(|_| take(&pool, &used, 1).remove(0).freeze())
+            .collect();
+        let mapped = pool.mapped();
+        assert_eq!(mapped, 4 * ARENA_BYTES as u64);
+        let mut kept = Vec::new();
+        for (number, page) in all.into_iter().enumerate() {
+            if number % 2 == 0 {
+                kept.push(page);
+            }
+        }
+        let refilled = take(&pool, &used, 2 * ARENA_PAGES);
+        assert_eq!(refilled.len(), 2 * ARENA_PAGES, "each page is a hole");
+        assert_eq!(pool.mapped(), mapped);
+    }
+
+    #[test]
+    fn arenas_go_back_to_the_kernel_except_for_some() {
+        let (pool, used) = pool();
+        let runs = take(&pool, &used, 20 * ARENA_PAGES + 5);
+        assert_eq!(runs.len(), 21);
+        drop(runs);
+        assert_eq!(pages(&used), 0);
+        assert_eq!(pool.mapped(), (WARM * ARENA_BYTES) as u64);
+        assert_eq!(take(&pool, &used, 2 * ARENA_PAGES).len(), 2);
+    }
+
+    #[test]
+    fn threads_share_and_drop_without_losing_a_page() {
+        let (pool, used) = pool();
+        std::thread::scope(|scope| {
+            for seed in 0..4_u8 {
+                let (pool, used) = (&pool, &used);
+                scope.spawn(move || {
+                    for turn in 0..200_u8 {
+                        let mut run = take(pool, used, 100);
+                        run.iter_mut().for_each(|run| run.fill(seed ^ turn));
+                        let run: Vec<Pages> = run.into_iter().map(PagesMut::freeze).collect();
+                        let shared = run.clone();
+                        let other = std::thread::spawn(move || drop(run));
+                        let whole = |pages: &Pages| pages.iter().all(|byte| *byte == seed ^ turn);
+                        assert!(shared.iter().all(whole));
+                        drop(shared);
+                        other.join().unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(pages(&used), 0);
+    }
+}
