@@ -75,6 +75,8 @@ pub(crate) fn longest_gap(answers: &[u64], time: Range<u64>) -> Option<Range<u64
             [a, b] => Some(*a..*b),
             _ => None,
         })
+        // Of equal ones the first.
+        .rev()
         .max_by_key(|gap| gap.end - gap.start)
 }
 

@@ -1,4 +1,4 @@
-#!/bin/sh
+#!/bin/bash
 # The source's part of a migration with CRIU alone.
 # Usage: dump.sh copy|lazy CRIU PID ADDRESS PEER PORT
 set -eu
