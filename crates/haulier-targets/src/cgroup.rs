@@ -14,6 +14,12 @@ use std::time::Duration;
 use haulier_sys::wait::Wait;
 use thiserror::Error;
 
+pub use throttle::{Means, Throttle};
+
+mod cpu_v1;
+mod duty;
+pub mod throttle;
+
 /// Folder below the cgroup file system's root in which restored trees live.
 const HOME: &str = "haulier";
 /// How often the kernel is asked whether a cgroup is frozen or empty by now.
