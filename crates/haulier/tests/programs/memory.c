@@ -1,103 +1,11 @@
 /*
- * Memory of every kind, checked by content.
- *
- * In folder argv[1] it writes numbered lines to "status": "ready K" when all is in place, then "wait"
- * until the file "go-K" exists, then "good K", or "wrong: ..." and its end. When "end" exists as
- * well, "done". The lines land where the descriptor's offset says.
+ * Memory of every kind, checked by content. It stands still while it moves.
  */
-#define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
-#include <signal.h>
-#include <stdarg.h>
-#include <stdatomic.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/prctl.h>
-#include <sys/wait.h>
-#include <unistd.h>
+#include "program.h"
 
-#define PAGE 4096L
-#define MIB (1L << 20)
-#define WORDS (PAGE / 8)
 #define CHILDREN 3
 #define FRAMES 64
 #define BLOCKS 3000
-
-static const char *folder;
-static int status, line, round_number;
-
-static void say(const char *format, ...)
-{
-    char text[256];
-    int length = snprintf(text, sizeof text, "%d ", ++line);
-    va_list arguments;
-    va_start(arguments, format);
-    length += vsnprintf(text + length, sizeof text - length - 1, format, arguments);
-    va_end(arguments);
-    text[length++] = '\n';
-    if (write(status, text, length) != length)
-        exit(2);
-}
-
-static void expect(int holds, const char *what, long where)
-{
-    if (!holds) {
-        say("wrong: %s at %ld, round %d", what, where, round_number);
-        exit(1);
-    }
-}
-
-static int exists(const char *name)
-{
-    char path[4096];
-    snprintf(path, sizeof path, "%s/%s", folder, name);
-    return access(path, F_OK) == 0;
-}
-
-/* splitmix64: neighbouring seeds and words have nothing in common. */
-static uint64_t mixed(uint64_t seed, uint64_t index)
-{
-    uint64_t z = (seed << 32) + (index + 1) * 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
-static void fill(void *at, long bytes, uint64_t seed)
-{
-    uint64_t *words = at;
-    for (long i = 0; i < bytes / 8; i++)
-        words[i] = mixed(seed, i);
-}
-
-static int holds(const void *at, long bytes, uint64_t seed)
-{
-    const uint64_t *words = at;
-    for (long i = 0; i < bytes / 8; i++)
-        if (words[i] != mixed(seed, i))
-            return 0;
-    return 1;
-}
-
-static int is_zero(const void *at, long bytes)
-{
-    const uint64_t *words = at;
-    for (long i = 0; i < bytes / 8; i++)
-        if (words[i])
-            return 0;
-    return 1;
-}
-
-static char *map(long bytes, int flags)
-{
-    char *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_ANONYMOUS | flags, -1, 0);
-    expect(at != MAP_FAILED, "mmap", bytes);
-    return at;
-}
 
 /* The number after a label in a file of /proc. */
 static long number_in(const char *path, const char *label)
@@ -320,14 +228,14 @@ static void check_family(void)
 
 /* ---- the stack, and what happens on top of it ---- */
 
-static void perform(void)
+static void stand(void)
 {
     check_family();
-    for (round_number = 1;; round_number++) {
+    for (turn = 1;; turn++) {
         char go[32];
-        snprintf(go, sizeof go, "go-%d", round_number);
+        snprintf(go, sizeof go, "go-%d", turn);
         long before = resident_kib();
-        say("ready %d", round_number);
+        say("ready %d", turn);
         while (!exists(go)) {
             if (exists("end"))
                 return;
@@ -339,7 +247,7 @@ static void perform(void)
         expect(after < before + 16 * 1024, "KiB became resident", after - before);
         check_regions();
         check_family();
-        say("good %d", round_number);
+        say("good %d", turn);
     }
 }
 
@@ -350,20 +258,15 @@ static void deeper(int frame)
     if (frame + 1 < FRAMES)
         deeper(frame + 1);
     else
-        perform();
+        stand();
     expect(holds(block, sizeof block, 400 + frame), "stack frame", frame);
 }
 
 int main(int count, char **arguments)
 {
-    char path[4096];
     if (count != 2)
         return 2;
-    folder = arguments[1];
-    snprintf(path, sizeof path, "%s/status", folder);
-    status = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
-    if (status < 0)
-        return 2;
+    begin(arguments);
     make_regions();
     make_family();
     deeper(0);

@@ -1,6 +1,6 @@
 /*
  * What the programs here have in common. In folder argv[1] each writes numbered lines to "status":
- * "ready K" when all is in place, then "wait" every 20 ms while it works, until the file "go-K"
+ * "ready K" when all is in place, then "wait" again and again while it works, until the file "go-K"
  * exists, then "good K", or "wrong: ..." and its end. When "end" exists as well, "done". The lines
  * land where the descriptor's offset says.
  */
@@ -108,7 +108,7 @@ static void begin(char **arguments)
         exit(2);
 }
 
-static long now_ms(void)
+__attribute__((unused)) static long now_ms(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -116,7 +116,7 @@ static long now_ms(void)
 }
 
 /* Works step by step, and checks whenever it is asked to. */
-static void perform(void (*step)(void), void (*check)(void))
+__attribute__((unused)) static void perform(void (*step)(void), void (*check)(void))
 {
     for (turn = 1;; turn++) {
         char go[32];
