@@ -6,6 +6,7 @@
 //! what CRIU's images and its lazy-pages socket use.
 
 pub mod lazy;
+pub mod ledger;
 pub mod mappings;
 pub mod page;
 pub mod post;
@@ -14,5 +15,6 @@ pub mod reader;
 pub mod shared;
 pub mod store;
 pub mod stream;
+pub mod tracker;
 
 pub use haulier_sys::wait;

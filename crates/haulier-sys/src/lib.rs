@@ -3,10 +3,12 @@
 pub mod datagram;
 pub mod namespaces;
 pub mod packet;
+pub mod pagemap;
 pub mod pages;
 pub mod pidfd;
 pub mod priority;
 pub mod process_memory;
+pub mod remote;
 pub mod seclusion;
 pub mod session;
 pub mod socket;

@@ -27,11 +27,14 @@ pub mod features {
     pub const EVENT_REMOVE: u64 = 1 << 3;
     /// `munmap` in the task is reported.
     pub const EVENT_UNMAP: u64 = 1 << 6;
+    /// Writes to protected pages are noted, not reported: the kernel lets them through by itself.
+    pub const WP_ASYNC: u64 = 1 << 15;
 }
 
 const API: u64 = 0xAA;
 const USER_MODE_ONLY: libc::c_int = 1;
 const MODE_MISSING: u64 = 1;
+const MODE_WP: u64 = 2;
 /// Bytes of `struct uffd_msg`, the same on every architecture.
 const MESSAGE: usize = 32;
 /// Messages taken by one read.
@@ -189,6 +192,12 @@ impl Userfaultfd {
             }
             other => other?,
         };
+        Self::begin(fd, features)
+    }
+
+    /// Takes a descriptor on which `UFFDIO_API` was not done yet, and does it with the given
+    /// [`features`]. EINVAL: the kernel lacks one of them.
+    pub fn begin(fd: OwnedFd, features: u64) -> io::Result<Self> {
         let this = Self { fd };
         let mut arg = ApiArg {
             api: API,
@@ -197,6 +206,19 @@ impl Userfaultfd {
         };
         this.ioctl(UFFDIO_API, &mut arg)?;
         Ok(this)
+    }
+
+    /// Registers the mappings of a range for write protection, with [`features::WP_ASYNC`].
+    /// Nothing is protected yet. Errors: EBUSY, another userfaultfd has a part of it;
+    /// EINVAL, nothing is mapped there, or something that cannot be registered; ENOMEM, the address
+    /// space is gone.
+    pub fn register_write_protect(&self, start: u64, len: u64) -> io::Result<()> {
+        let mut arg = RegisterArg {
+            range: RangeArg { start, len },
+            mode: MODE_WP,
+            ioctls: 0,
+        };
+        self.ioctl(UFFDIO_REGISTER, &mut arg)
     }
 
     /// Registers a whole [`Region`] of our own for faults on missing pages.
