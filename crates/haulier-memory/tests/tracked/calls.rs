@@ -158,7 +158,7 @@ pub(crate) fn a_stopped_task_stays_stopped(stage: &Stage) {
     let scan = tracker
         .scan(&[task.id()], &mut haulier_memory::tracker::NoHold)
         .unwrap();
-    assert_eq!(within(&scan.tasks[0].written), set(&[(0, 8)]));
+    stage.expect(&within(&scan.tasks[0].written), &[(0, 8)]);
     task.wait_for_state("T");
     task.send(&format!("write {:x} 1 2", at(3)));
     for _ in 0..20 {
@@ -170,5 +170,74 @@ pub(crate) fn a_stopped_task_stays_stopped(stage: &Stage) {
     let scan = tracker
         .scan(&[task.id()], &mut Stopped(&[task.id()]))
         .unwrap();
-    assert_eq!(within(&scan.tasks[0].written), set(&[(3, 1)]));
+    stage.expect(&within(&scan.tasks[0].written), &[(3, 1)]);
+}
+
+/// The cgroup of a task, frozen; removed when dropped.
+struct Frozen(PathBuf);
+
+impl Frozen {
+    fn freeze(pid: i32) -> Option<Frozen> {
+        let root = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
+            .into_iter()
+            .map(Path::new)
+            .find(|root| {
+                root.join("cgroup.procs").exists() && root.join("cgroup.controllers").exists()
+            })?;
+        let group = Frozen(root.join(format!("tracked-{pid}")));
+        std::fs::create_dir(&group.0).unwrap();
+        std::fs::write(group.0.join("cgroup.procs"), pid.to_string()).unwrap();
+        std::fs::write(group.0.join("cgroup.freeze"), "1").unwrap();
+        let deadline = Instant::now() + LONG;
+        let events = || std::fs::read_to_string(group.0.join("cgroup.events")).unwrap();
+        while !events().contains("frozen 1") {
+            assert!(Instant::now() < deadline, "the task does not freeze");
+        }
+        Some(group)
+    }
+
+    fn thaw(&self) {
+        std::fs::write(self.0.join("cgroup.freeze"), "0").unwrap();
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + LONG;
+        while std::fs::remove_dir(&self.0).is_err() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+pub(crate) fn a_frozen_task_is_not_harmed(stage: &Stage) {
+    if !stage.injects() {
+        return;
+    }
+    let mut task = stage.task();
+    task.map(0, 8);
+    task.write(0, 8, 1);
+    let Some(group) = Frozen::freeze(task.pid()) else {
+        assert!(std::env::var_os("CI").is_none(), "no cgroup v2");
+        return;
+    };
+    let patience = Duration::from_millis(300);
+    let taken = haulier_sys::remote::take_userfaultfd(task.pid(), patience, || Ok(()));
+    println!(
+        "of a frozen task: {:?}",
+        taken.as_ref().map(|taken| taken.stopped)
+    );
+    let mut scan = Tracker::new(stage.kind)
+        .scan(&[task.id()], &mut haulier_memory::tracker::NoHold)
+        .unwrap();
+    let found = scan.tasks.remove(0);
+    println!("a frozen task: {:?}", found.untracked);
+    stage.expect(&within(&found.written), &[(0, 8)]);
+    group.thaw();
+    // It goes on where it was, and can be tracked.
+    task.write(3, 1, 1);
+    let mut destination = stage.under_tracker();
+    stage.expect(&destination.written(&task), &[(0, 8)]);
+    destination.settle(&[task.id()]);
+    drop(task);
 }

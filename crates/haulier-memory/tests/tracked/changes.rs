@@ -7,15 +7,15 @@ pub(crate) fn writes_are_seen_once(stage: &Stage) {
     let mut destination = stage.under_tracker();
     task.map(0, 64);
     task.write(0, 32, 1);
-    assert_eq!(destination.written(&task), set(&[(0, 32)]));
+    stage.expect(&destination.written(&task), &[(0, 32)]);
     assert!(destination.written(&task).is_empty());
     task.write(3, 2, 2);
     task.write(40, 1, 3);
-    assert_eq!(destination.written(&task), set(&[(3, 2), (40, 1)]));
+    stage.expect(&destination.written(&task), &[(3, 2), (40, 1)]);
     assert!(destination.written(&task).is_empty());
     task.write(4, 1, 4);
     let last = destination.settle(&[task.id()]);
-    assert_eq!(within(&last.tasks[0].written), set(&[(4, 1)]));
+    stage.expect(&within(&last.tasks[0].written), &[(4, 1)]);
 }
 
 pub(crate) fn writes_of_the_kernel_are_seen(stage: &Stage) {
@@ -25,7 +25,7 @@ pub(crate) fn writes_of_the_kernel_are_seen(stage: &Stage) {
     task.write(0, 8, 1);
     destination.written(&task);
     task.on("read", 2, 3, 0);
-    assert_eq!(destination.written(&task), set(&[(2, 3)]));
+    stage.expect(&destination.written(&task), &[(2, 3)]);
     destination.settle(&[task.id()]);
 }
 
@@ -64,11 +64,11 @@ pub(crate) fn a_moved_mapping_is_written_and_its_old_place_is_gone(stage: &Stage
     destination.written(&task);
     task.on("move", 4, 4, at(100));
     let found = destination.look(&task);
-    assert_eq!(within(&found.written), set(&[(100, 4)]));
+    stage.expect(&within(&found.written), &[(100, 4)]);
     assert_eq!(within(&found.mapped), set(&[(0, 4), (8, 8), (100, 4)]));
     task.write(101, 1, 2);
     task.write(2, 1, 2);
-    assert_eq!(destination.written(&task), set(&[(2, 1), (101, 1)]));
+    stage.expect(&destination.written(&task), &[(2, 1), (101, 1)]);
     destination.settle(&[task.id()]);
 }
 
@@ -82,7 +82,7 @@ pub(crate) fn a_new_mapping_at_an_old_place_is_written(stage: &Stage) {
     task.map(4, 4);
     task.write(5, 1, 7);
     task.write(12, 1, 7);
-    assert_eq!(destination.written(&task), set(&[(5, 1), (12, 1)]));
+    stage.expect(&destination.written(&task), &[(5, 1), (12, 1)]);
     assert!(destination.written(&task).is_empty());
     destination.settle(&[task.id()]);
 }
@@ -95,11 +95,11 @@ pub(crate) fn mappings_without_access_and_reservations_cost_nothing(stage: &Stag
     task.map(0, 8);
     task.write(0, 8, 1);
     task.on("protect", 2, 4, 0);
-    assert_eq!(destination.written(&task), set(&[(0, 8)]));
+    stage.expect(&destination.written(&task), &[(0, 8)]);
     task.on("protect", 2, 4, RW);
     task.write(3, 1, 5);
     task.on("protect", 2, 4, 0);
-    assert_eq!(destination.written(&task), set(&[(3, 1)]));
+    stage.expect(&destination.written(&task), &[(3, 1)]);
     let before = page_tables(&task);
     destination.written(&task);
     assert_eq!(page_tables(&task), before);
@@ -131,7 +131,7 @@ pub(crate) fn huge_pages_are_tracked_as_small_ones(stage: &Stage) {
     task.map(0, 2048);
     task.on("huge", 0, 2048, 0);
     task.write(0, 2048, 1);
-    assert_eq!(destination.written(&task), set(&[(0, 2048)]));
+    stage.expect(&destination.written(&task), &[(0, 2048)]);
     task.write(700, 1, 2);
     let found = destination.written(&task);
     assert!(
@@ -161,7 +161,7 @@ pub(crate) fn ten_thousand_mappings_are_tracked(stage: &Stage) {
         "20 000 mappings: first look {first:?}, next {:?}",
         second.elapsed()
     );
-    assert_eq!(found, set(&[(5000, 3), (20_000 + 2 * 777, 1)]));
+    stage.expect(&found, &[(5000, 3), (20_000 + 2 * 777, 1)]);
 }
 
 pub(crate) fn four_gibibytes_are_looked_at_in_one_go(stage: &Stage) {

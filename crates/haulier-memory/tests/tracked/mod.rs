@@ -18,6 +18,41 @@ use haulier_sys::pagemap::{Pagemap, Query};
 use haulier_sys::process_memory::ProcessMemory;
 use rustix::process::{Pid, Signal, kill_process};
 
+/// Gives the list of all checks to a macro.
+macro_rules! all_checks {
+    ($callback:ident) => {
+        $callback! {
+            changes::writes_are_seen_once
+            changes::writes_of_the_kernel_are_seen
+            changes::discarded_pages_are_written_when_they_come_back
+            changes::pages_discarded_before_the_end_are_not_kept
+            changes::a_moved_mapping_is_written_and_its_old_place_is_gone
+            changes::a_new_mapping_at_an_old_place_is_written
+            changes::mappings_without_access_and_reservations_cost_nothing
+            changes::locked_memory_is_not_tracked
+            changes::huge_pages_are_tracked_as_small_ones
+            changes::ten_thousand_mappings_are_tracked
+            changes::a_task_that_does_anything_is_the_same_at_the_end
+            changes::threads_that_write_all_the_time_lose_nothing
+            tasks::a_forked_child_is_wholly_written
+            tasks::an_exec_begins_anew
+            tasks::a_task_that_ends_is_gone
+            tasks::tasks_that_end_while_they_are_looked_at_are_no_error
+            tasks::a_task_with_a_userfaultfd_of_its_own_is_sent_whole
+            tasks::a_task_of_another_user_is_tracked
+            tasks::a_task_under_seccomp_survives_and_is_tracked
+            tasks::a_task_that_is_traced_by_another_is_sent_whole
+            tasks::nothing_of_the_tracker_is_left
+            calls::blocking_calls_go_on
+            calls::signals_that_come_meanwhile_are_delivered
+            calls::a_timer_of_a_thousand_signals_a_second_goes_on
+            calls::running_threads_are_not_disturbed
+            calls::a_stopped_task_stays_stopped
+            calls::a_frozen_task_is_not_harmed
+        }
+    };
+}
+
 pub(crate) mod calls;
 pub(crate) mod changes;
 pub(crate) mod tasks;
@@ -83,6 +118,17 @@ impl Stage {
 
     pub(crate) fn under_tracker(&self) -> Destination {
         Destination::new(self.kind)
+    }
+
+    /// Checks what was found written. Soft-dirty bits also tell of neighbours, where the kernel joins
+    /// a new mapping with an old one.
+    pub(crate) fn expect(&self, found: &RangeSet, wanted: &[(u64, u64)]) {
+        let wanted = set(wanted);
+        let all = found.intersect(&wanted) == wanted;
+        assert!(
+            all && (found == &wanted || !self.injects()),
+            "{found:?}, not {wanted:?}"
+        );
     }
 
     /// For what only write protection does.
@@ -329,14 +375,31 @@ pub(crate) fn populated(pid: i32) -> RangeSet {
 /// For kernels without the request.
 fn by_entry(pid: i32) -> RangeSet {
     use haulier_sys::pagemap::entry::{PRESENT, SWAPPED};
+    const FRAME: u64 = (1 << 55) - 1;
+    // A page of ours that was only read is the page of zeros.
+    let own = haulier_sys::userfaultfd::Region::map(PAGE_BYTES).unwrap();
+    own.read(0);
+    let mut zero = [0];
+    let our_pid = std::process::id() as i32;
+    Pagemap::open(our_pid)
+        .unwrap()
+        .entries(own.address(), &mut zero)
+        .unwrap();
+    let is_populated = |value: u64| {
+        let is_zero = value & PRESENT != 0 && value & FRAME == zero[0] & FRAME;
+        value & (PRESENT | SWAPPED) != 0 && !is_zero
+    };
     let pagemap = Pagemap::open(pid).unwrap();
     let mut set = RangeSet::new();
     for range in mappings::lazy(&mappings::read(pid).unwrap()).iter() {
-        let mut entries = vec![0; range.pages as usize];
-        pagemap.entries(range.start, &mut entries).unwrap();
-        for (start, value) in (range.start..).step_by(PAGE_BYTES).zip(entries) {
-            if value & (PRESENT | SWAPPED) != 0 {
-                set.insert(PageRange { start, pages: 1 });
+        for part in (range.start..range.end()).step_by(PAGE_BYTES << 15) {
+            let pages = ((range.end() - part) / PAGE).min(1 << 15);
+            let mut entries = vec![0; pages as usize];
+            let read = pagemap.entries(part, &mut entries).unwrap();
+            for (start, value) in (part..).step_by(PAGE_BYTES).zip(&entries[..read]) {
+                if is_populated(*value) {
+                    set.insert(PageRange { start, pages: 1 });
+                }
             }
         }
     }

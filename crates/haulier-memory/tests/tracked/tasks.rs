@@ -14,12 +14,12 @@ pub(crate) fn a_forked_child_is_wholly_written(stage: &Stage) {
     let scan = destination.round(&[task.id(), child]);
     // The fork itself counts as a write to what both share on some kernels.
     assert!(within(&scan.tasks[0].written).covers(pages(3, 1)));
-    assert_eq!(within(&scan.tasks[1].written), set(&[(0, 16)]));
+    stage.expect(&within(&scan.tasks[1].written), &[(0, 16)]);
     task.order(&format!("child write {:x} 1 10", at(1)));
     task.write(5, 1, 11);
     let scan = destination.round(&[task.id(), child]);
-    assert_eq!(within(&scan.tasks[0].written), set(&[(5, 1)]));
-    assert_eq!(within(&scan.tasks[1].written), set(&[(1, 1)]));
+    stage.expect(&within(&scan.tasks[0].written), &[(5, 1)]);
+    stage.expect(&within(&scan.tasks[1].written), &[(1, 1)]);
     task.order(&format!("child write {:x} 1 12", at(2)));
     destination.settle(&[task.id(), child]);
 }
@@ -35,11 +35,11 @@ pub(crate) fn an_exec_begins_anew(stage: &Stage) {
     task.write(2, 3, 7);
     let found = destination.look(&task);
     assert_eq!(found.untracked, None);
-    assert_eq!(within(&found.written), set(&[(2, 3)]));
+    stage.expect(&within(&found.written), &[(2, 3)]);
     let elsewhere = found.written.pages() - 3;
     assert!(elsewhere > 2, "heap and stack of the new program");
     task.write(9, 1, 8);
-    assert_eq!(destination.written(&task), set(&[(9, 1)]));
+    stage.expect(&destination.written(&task), &[(9, 1)]);
     task.send("exec");
     task.map(4, 4);
     task.write(4, 2, 1);
@@ -88,7 +88,7 @@ pub(crate) fn a_task_with_a_userfaultfd_of_its_own_is_sent_whole(stage: &Stage) 
         if stage.injects() {
             let reason = found.untracked.expect("it cannot be tracked");
             assert!(reason.contains("userfaultfd"), "{reason}");
-            assert_eq!(within(&found.written), set(&[(0, 8)]));
+            stage.expect(&within(&found.written), &[(0, 8)]);
         }
     }
     destination.settle(&[task.id()]);
@@ -100,9 +100,9 @@ pub(crate) fn a_task_of_another_user_is_tracked(stage: &Stage) {
     task.map(0, 8);
     task.write(0, 8, 1);
     let mut destination = stage.under_tracker();
-    assert_eq!(destination.written(&task), set(&[(0, 8)]));
+    stage.expect(&destination.written(&task), &[(0, 8)]);
     task.on("read", 2, 1, 0);
-    assert_eq!(destination.written(&task), set(&[(2, 1)]));
+    stage.expect(&destination.written(&task), &[(2, 1)]);
     destination.settle(&[task.id()]);
 }
 
@@ -114,10 +114,10 @@ pub(crate) fn a_task_under_seccomp_survives_and_is_tracked(stage: &Stage) {
     let mut destination = stage.under_tracker();
     let found = destination.look(&task);
     println!("under seccomp: {:?}", found.untracked);
-    assert_eq!(within(&found.written), set(&[(0, 8)]));
+    stage.expect(&within(&found.written), &[(0, 8)]);
     task.write(1, 1, 1);
     if found.untracked.is_none() {
-        assert_eq!(destination.written(&task), set(&[(1, 1)]));
+        stage.expect(&destination.written(&task), &[(1, 1)]);
     }
     // The filter holds again: the call is fatal.
     task.send(&format!("uffd {:x} 1", at(0)));
@@ -142,8 +142,8 @@ pub(crate) fn a_task_that_is_traced_by_another_is_sent_whole(stage: &Stage) {
     let scan = found.unwrap().beside.unwrap();
     let reason = scan.tasks[0].untracked.as_deref().expect("it is traced");
     assert!(reason.contains("debugger"), "{reason}");
-    assert_eq!(within(&scan.tasks[0].written), set(&[(0, 8)]));
-    assert_eq!(stage.under_tracker().written(&task), set(&[(0, 8)]));
+    stage.expect(&within(&scan.tasks[0].written), &[(0, 8)]);
+    stage.expect(&stage.under_tracker().written(&task), &[(0, 8)]);
 }
 
 pub(crate) fn nothing_of_the_tracker_is_left(stage: &Stage) {

@@ -121,7 +121,8 @@ fn what_was_found_before_an_unregistered_mapping_is_told() {
         .unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EPERM));
     let start = memory.address();
-    assert_eq!(found, [start..start + 4 * PAGE]);
+    assert_eq!(found.len(), 1);
+    assert_eq!(found[0], start..start + 4 * PAGE);
 }
 
 #[test]

@@ -11,6 +11,8 @@ use super::ptrace::{self, Options, Registers, Stop};
 const CODE_64: u64 = 0x33;
 /// "Not in a system call": the kernel does not resume anything for this thread.
 const NO_CALL: u64 = u64::MAX;
+/// Patience with a thread that is to be put back to where it was.
+const RELEASE: Duration = Duration::from_secs(5);
 /// What the kernel returns inwardly for a call to be done again unless a handler runs, which then
 /// makes it EINTR.
 const RESTART_NO_HANDLER: i64 = -514;
@@ -145,8 +147,19 @@ impl Held {
 
     /// Lets the thread go on as if nothing had been; returns how long it was held.
     pub(super) fn release(self) -> Result<Duration, RemoteError> {
-        ptrace::set_registers(self.thread, &self.registers)
-            .map_err(RemoteError::io("restore the registers"))?;
+        // Whatever time was left: a thread that goes on with registers of ours does harm.
+        let deadline = Instant::now() + RELEASE;
+        if let Err(error) = ptrace::set_registers(self.thread, &self.registers) {
+            // It did not come to the end of a call in time, as when it was frozen on the way. It can
+            // be stopped where it is.
+            if error.raw_os_error() != Some(libc::ESRCH) {
+                return Err(RemoteError::io("restore the registers")(error));
+            }
+            ptrace::interrupt(self.thread).map_err(RemoteError::io("interrupt the thread"))?;
+            wait(self.thread, deadline)?;
+            ptrace::set_registers(self.thread, &self.registers)
+                .map_err(RemoteError::io("restore the registers"))?;
+        }
         if let Some(prepared) = self.prepared {
             // The kernel resumes an interrupted call only on the way on which it delivers signals.
             // Where we stand, at the end of a call, it is already past that; a second interruption
@@ -156,7 +169,7 @@ impl Held {
             loop {
                 resume(self.thread, signal)?;
                 signal = 0;
-                match wait(self.thread, self.deadline)? {
+                match wait(self.thread, deadline)? {
                     Stop::Event => break,
                     Stop::Signal(libc::SIGSTOP) => signal = libc::SIGSTOP,
                     Stop::Signal(_) | Stop::Syscall | Stop::Other => {}
