@@ -1,7 +1,8 @@
 //! The workloads run, and their checks notice what they should.
 
 use haulier_lab::workloads::{
-    RedisClient, check_redis, connections, fill_redis, start_redis, threads,
+    OpenLoop, OpenLoopClient, Protocol, RedisClient, check_redis, connections, fill_redis,
+    start_redis, threads,
 };
 use haulier_lab::{Lab, LabConfig, Signal, program};
 use std::net::SocketAddr;
@@ -156,4 +157,55 @@ fn two_hundred_connections_keep_their_state() {
     )
     .unwrap();
     assert!(client.round().is_err());
+}
+
+/// What a cut takes away is sent again by TCP, and is lost for UDP.
+#[test]
+fn open_loop_clients_tell_what_a_cut_costs() {
+    let lab = lab();
+    let host = lab.host(1);
+    let server = SocketAddr::from((host.ipv4(), 6100));
+    let listen = server.to_string();
+    let echo = ["workload", "echo", "--memory", "4", "--listen", &listen];
+    let echo = host.command(program().unwrap()).args(echo).setsid();
+    echo.spawn().unwrap();
+    let config = OpenLoop {
+        server,
+        tcp: 10,
+        udp: 2,
+        interval: Duration::from_millis(5),
+        protocol: Protocol::Echo,
+    };
+    let until = std::time::Instant::now() + SOON;
+    let start = || OpenLoopClient::start(config);
+    let clients = loop {
+        match lab.host(2).in_network(start).unwrap() {
+            Ok(clients) => break clients,
+            Err(error) => assert!(std::time::Instant::now() < until, "{error}"),
+        }
+    };
+    let wait_for = |what: &dyn Fn() -> bool| {
+        let until = std::time::Instant::now() + SOON;
+        while !what() {
+            assert!(
+                std::time::Instant::now() < until,
+                "{:?}",
+                clients.snapshot()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    let seen = || clients.snapshot();
+    wait_for(&|| seen().tcp.answered > 100 && seen().udp.answered > 20);
+    lab.cut(2).unwrap();
+    let before = seen().udp.sent;
+    wait_for(&|| seen().udp.sent > before + 100);
+    lab.mend(2).unwrap();
+    let answered = seen().udp.answered;
+    wait_for(&|| seen().udp.answered > answered + 20);
+    let report = clients.stop();
+    assert_eq!(report.errors(), Vec::<&str>::new());
+    assert_eq!(report.tcp.lost, 0, "{report:?}");
+    assert!(report.udp.lost >= 50, "{report:?}");
+    assert!(report.tcp.longest_ms > 200.0, "{report:?}");
 }
