@@ -292,6 +292,12 @@ impl PageReader {
         }
     }
 
+    /// Pages in all.
+    pub fn pages(&self) -> u64 {
+        let ranges = self.tasks.iter().flat_map(|task| &task.1);
+        ranges.fold(0, |sum, range| sum.saturating_add(range.pages))
+    }
+
     /// Reads the next chunk; false if all are taken. It has no pages if all of them have vanished.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 //! frames ([`frame`]) and a `RoundEnd` that says how many pages there were. Nothing on one channel
 //! depends on what another has brought.
 
+mod ahead;
 mod choice;
 mod codec;
 mod dictionary;

@@ -8,6 +8,9 @@
 //! but the pages themselves has to be said. Each channel has a dictionary of its own, since nothing
 //! orders the frames of two channels.
 //!
+//! Where pages do not repeat, only one chunk in eight is looked at, until they do: on a fast link
+//! even a fast hash is felt.
+//!
 //! No hash decides what memory becomes: the sender keeps the contents of its entries and compares.
 //! That is faster than a cryptographic hash, and there is nothing to collide.
 
@@ -23,6 +26,15 @@ pub(super) const ENTRIES: usize = 2048;
 
 /// Hashes of pages sent once, the last of each place: those of 256 MiB, in 512 KiB.
 const SEEN: usize = 1 << 16;
+
+/// Pages that are looked at before it is decided again whether that is worth it.
+const TERM: u32 = 4096;
+
+/// Repetitions in a term from which on every page is looked at.
+const WORTH: u32 = TERM / 256;
+
+/// One chunk in so many is looked at otherwise.
+const SAMPLE: u32 = 8;
 
 /// What is to be done with a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +56,11 @@ pub(super) struct Sent {
     hashes: Vec<u64>,
     contents: Vec<u8>,
     next: usize,
+    /// Pages looked at in this term, and repetitions among them.
+    looked: u32,
+    repeated: u32,
+    sampling: bool,
+    chunks: u32,
 }
 
 impl Default for Sent {
@@ -54,13 +71,36 @@ impl Default for Sent {
             hashes: Vec::new(),
             contents: Vec::new(),
             next: 0,
+            looked: 0,
+            repeated: 0,
+            sampling: false,
+            chunks: 0,
         }
     }
 }
 
 impl Sent {
+    /// Whether the pages of the next chunk are to be judged; otherwise all of them are sent.
+    pub(super) fn wants_chunk(&mut self) -> bool {
+        self.chunks = self.chunks.wrapping_add(1);
+        !self.sampling || self.chunks % SAMPLE == 0
+    }
+
     /// Judges a page that is about to be sent as this says.
     pub(super) fn judge(&mut self, page: &[u8]) -> Verdict {
+        let verdict = self.look_up(page);
+        self.looked += 1;
+        self.repeated += u32::from(verdict != Verdict::New);
+        if self.looked == TERM {
+            self.sampling = self.repeated < WORTH;
+            (self.looked, self.repeated) = (0, 0);
+        } else if self.repeated == WORTH {
+            self.sampling = false;
+        }
+        verdict
+    }
+
+    fn look_up(&mut self, page: &[u8]) -> Verdict {
         let hash = XxHash3_64::oneshot(page);
         let seen = &mut self.seen[hash as usize % SEEN];
         if *seen != hash {
@@ -161,6 +201,21 @@ mod tests {
         assert_eq!(sent.entries.len(), ENTRIES);
         assert_eq!(sent.contents.len(), ENTRIES * PAGE_BYTES);
         assert!(matches!(sent.judge(&page(9_999)), Verdict::Reference(_)));
+    }
+
+    #[test]
+    fn only_samples_are_looked_at_until_pages_repeat() {
+        let mut sent = Sent::default();
+        let looked_at = |sent: &mut Sent| (0..800).filter(|_| sent.wants_chunk()).count();
+        assert_eq!(looked_at(&mut sent), 800);
+        for number in 0..TERM {
+            sent.judge(&page(number as u16));
+        }
+        assert_eq!(looked_at(&mut sent), 100);
+        for _ in 0..WORTH {
+            sent.judge(&page(7));
+        }
+        assert_eq!(looked_at(&mut sent), 800);
     }
 
     proptest! {

@@ -186,6 +186,8 @@ impl FrameSender {
         self.references.clear();
         let mut parts = Vec::with_capacity(chunk.runs.len());
         let mut contents = chunk.contents();
+        let dictionary = self.dictionary.as_mut();
+        let mut dictionary = dictionary.and_then(|sent| sent.wants_chunk().then_some(sent));
         for run in &chunk.runs {
             if run.zero {
                 let kind = RunKind::Zero;
@@ -196,7 +198,7 @@ impl FrameSender {
                 continue;
             }
             let bytes = contents.next().unwrap_or_default();
-            let Some(dictionary) = &mut self.dictionary else {
+            let Some(dictionary) = &mut dictionary else {
                 let kind = RunKind::Data;
                 self.runs.push(Run {
                     range: run.range,

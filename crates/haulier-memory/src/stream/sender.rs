@@ -1,5 +1,6 @@
 //! The sending side: rounds over N channels, a thread for each.
 
+use std::num::NonZero;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -10,12 +11,16 @@ use haulier_proto::message::RoundEnd;
 use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
 
+use super::ahead;
 use super::encoder::FrameSender;
 use super::limiter::{self, Limiter};
 use super::{RoundStats, StreamError, StreamOptions, discard};
 use crate::page::PageRange;
 use crate::reader::{Chunk, PageReader, TaskPages};
 use crate::wait::Wait;
+
+/// Pages from which on a round is worth a thread more: 64 MiB. The last ones are short, and in a hurry.
+const AHEAD_PAGES: u64 = 16 << 10;
 
 /// Sends the rounds of a migration over its memory channels.
 ///
@@ -26,6 +31,7 @@ pub struct PageSender {
     lanes: Vec<Lane>,
     limiter: Arc<Limiter>,
     bandwidth: Option<u64>,
+    processors: usize,
     next_round: u32,
     failed: bool,
 }
@@ -55,6 +61,7 @@ impl PageSender {
             lanes: channels.into_iter().map(lane).collect(),
             bandwidth: options.bandwidth,
             limiter,
+            processors: thread::available_parallelism().map_or(1, NonZero::get),
             next_round: 0,
             failed: false,
         })
@@ -86,8 +93,10 @@ impl PageSender {
         let reader = PageReader::new(tasks)?
             .running(running)
             .chunk_pages(limiter::chunk_pages(self.bandwidth));
-        let mut stats =
-            self.on_all(|lane, group| lane.send(&reader, discard, round, group, wait))?;
+        let reads_ahead = reader.pages() >= AHEAD_PAGES && self.lanes.len() < self.processors;
+        let mut stats = self.on_all(reads_ahead, |lane, group| {
+            lane.send(&reader, discard, round, group, wait)
+        })?;
         self.next_round = round + 1;
         stats.round = round;
         stats.elapsed = start.elapsed();
@@ -101,7 +110,7 @@ impl PageSender {
     /// As [`Self::send_round`].
     pub fn finish(mut self, wait: &Wait) -> Result<Vec<Channel>, StreamError> {
         let round = self.next_round;
-        self.on_all(|lane, _| {
+        self.on_all(false, |lane, _| {
             lane.end(round, 0, true, wait)?;
             Ok(RoundStats::default())
         })?;
@@ -111,12 +120,13 @@ impl PageSender {
     /// Does the same on all channels at once.
     fn on_all(
         &mut self,
+        reads_ahead: bool,
         work: impl Fn(&mut Lane, &Group) -> Result<RoundStats, StreamError> + Sync,
     ) -> Result<RoundStats, StreamError> {
         if self.failed {
             return Err(StreamError::NoChannel);
         }
-        let group = Group::new(&self.lanes)?;
+        let group = Group::new(&self.lanes, reads_ahead)?;
         let stats = thread::scope(|scope| {
             let senders: Vec<_> = self
                 .lanes
@@ -165,9 +175,17 @@ impl Lane {
             discard::send(&mut self.channel, *task, round, ranges, wait)?;
         }
         self.frames.pause();
-        let mut chunk = Chunk::default();
-        while !group.failed.load(Ordering::Relaxed) && reader.read(&mut chunk)? {
-            stats.add(&self.frames.send(&mut self.channel, &chunk, round, wait)?);
+        let mut send = |chunk: &Chunk| -> Result<(), StreamError> {
+            stats.add(&self.frames.send(&mut self.channel, chunk, round, wait)?);
+            Ok(())
+        };
+        if group.reads_ahead {
+            ahead::for_each_chunk(reader, &group.failed, &mut send)?;
+        } else {
+            let mut chunk = Chunk::default();
+            while !group.failed.load(Ordering::Relaxed) && reader.read(&mut chunk)? {
+                send(&chunk)?;
+            }
         }
         self.end(round, stats.pages, false, wait)?;
         stats.wire_bytes = self.channel.sent() - before;
@@ -189,12 +207,14 @@ impl Lane {
 /// The channels of one round: what fails on one ends all.
 struct Group {
     handles: Vec<Channel>,
+    /// Each channel has a second thread, which reads while the first sends.
+    reads_ahead: bool,
     failed: AtomicBool,
     failure: Mutex<Option<StreamError>>,
 }
 
 impl Group {
-    fn new(lanes: &[Lane]) -> Result<Self, TransportError> {
+    fn new(lanes: &[Lane], reads_ahead: bool) -> Result<Self, TransportError> {
         let clone = |lane: &Lane| {
             let clone = lane.channel.try_clone();
             clone.map_err(|source| TransportError::Broken {
@@ -205,6 +225,7 @@ impl Group {
         };
         Ok(Self {
             handles: lanes.iter().map(clone).collect::<Result<_, _>>()?,
+            reads_ahead,
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
         })
