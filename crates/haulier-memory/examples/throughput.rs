@@ -3,7 +3,7 @@
 //!
 //! - `throughput local [MIB [CHANNELS [FILL_THREADS]]]`: all in one process, over loopback
 //! - `throughput serve ADDRESS MIB`: the receiving end of the next, until it is ended
-//! - `throughput send ADDRESS MIB [CHANNELS [REPEATS]]`: from one host to another
+//! - `throughput send ADDRESS MIB [CHANNELS [REPEATS [short]]]`: from one host to another
 //!
 //! Memory is touched beforehand: what a virtual machine has never used is slow the first time.
 

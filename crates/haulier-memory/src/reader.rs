@@ -68,7 +68,8 @@ pub struct Chunk {
 }
 
 impl Chunk {
-    /// Reads these pages of a task. While it is `running`, pages that are not mapped any more, or
+    /// Reads these pages of a task, at most [`CHUNK_PAGES`] if they are to be sent: a frame takes only
+    /// some more. While it is `running`, pages that are not mapped any more, or
     /// all if it has exited, are left out and counted; of a task that stands that is an error.
     ///
     /// # Errors

@@ -33,8 +33,9 @@ pub(super) const REFERENCE_BYTES: usize = 4;
 /// Runs in a frame at most.
 pub(super) const MAX_RUNS: usize = 1024;
 
-/// Pages in a frame at most, those aside that are zero.
-const MAX_PAGES: u64 = 1024;
+/// Pages in a frame at most, those aside that are zero: few enough that one call receives them even
+/// into single pages.
+const MAX_PAGES: u64 = 512;
 
 /// What is wrong with a page frame.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -236,6 +237,9 @@ fn word(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
+/// What we make ourselves is accepted.
+const _: () = assert!(crate::reader::CHUNK_PAGES <= MAX_PAGES);
+
 /// The largest frame of our own making fits the limit of its kind.
 const _: () = assert!(
     HEAD_BYTES + MAX_RUNS * RUN_BYTES + crate::reader::CHUNK_PAGES as usize * PAGE_BYTES <= 4 << 20
@@ -313,8 +317,8 @@ mod tests {
         };
         let contents = |expected, got| Err(PageFrameError::Contents { expected, got });
         // A bomb: few bytes that claim to be many pages.
-        let bytes = encoded(Codec::Zstd, &[run(RunKind::Data, 1025)], &[]);
-        assert_eq!(decode(&bytes, 20), Err(PageFrameError::Pages(1025)));
+        let bytes = encoded(Codec::Zstd, &[run(RunKind::Data, 513)], &[]);
+        assert_eq!(decode(&bytes, 20), Err(PageFrameError::Pages(513)));
         let bytes = encoded(Codec::None, &[run(RunKind::Reference, 1025)], &[]);
         assert_eq!(decode(&bytes, 0), Err(PageFrameError::Pages(1025)));
         let bytes = encoded(Codec::None, &[run(RunKind::Reference, 3)], &[1, 2]);
