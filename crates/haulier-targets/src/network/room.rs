@@ -57,11 +57,10 @@ impl Room {
     }
 
     /// The buffer of the socket that a datagram with these ends is delivered to; none if there
-    /// is no such socket.
+    /// is no such socket, or the kernel cannot tell of UDP sockets (CONFIG_INET_UDP_DIAG).
     ///
     /// # Errors
-    /// What the kernel says: `NotFound` is not among them, but is if it cannot tell of UDP
-    /// sockets at all (CONFIG_INET_UDP_DIAG).
+    /// What the kernel says.
     pub(super) fn of(&mut self, from: SocketAddr, to: SocketAddr) -> io::Result<Option<Fill>> {
         let kernel = SocketAddrNetlink::new(0, 0);
         sendto(

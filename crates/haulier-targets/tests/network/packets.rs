@@ -1,6 +1,6 @@
 //! Packets that a lock drops, and where they are delivered.
 
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -109,39 +109,23 @@ fn datagrams_are_captured_from_the_lock_on_and_delivered_once() {
         for datagram in sent {
             client.send_to(datagram, to).unwrap();
         }
-        if ip.is_ipv4() {
-            for datagram in sent {
-                assert!(data(&next(&mut capture)) == datagram);
-            }
-        }
-        socket.set_read_timeout(Some(SILENCE)).unwrap();
-        let error = socket.recv(&mut [0; 10]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::WouldBlock);
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-
         let mut injector = b.run(|| Injector::open(&ips(&addresses)));
-        b.run(|| lock.lift().unwrap());
-        client.send_to(b"after", to).unwrap();
-        receives(&socket, b"after");
-        for datagram in sent {
-            client.send_to(datagram, to).unwrap();
-            receives(&socket, datagram);
-        }
-        // Once more with a lock, and delivered this time.
-        drop(b.run(|| (capture, lock)));
-        let (mut capture, mut lock) = engage(b, "cd01", &addresses);
-        for datagram in sent {
-            client.send_to(datagram, to).unwrap();
-        }
         let packets = rest(&mut capture);
+        if ip.is_ipv4() {
+            // Put together again from its fragments; IPv6 does that later.
+            let captured: Vec<&[u8]> = packets.iter().map(|packet| data(packet)).collect();
+            assert!(captured == sent);
+        }
         b.run(|| {
             lock.lift().unwrap();
             for packet in &packets {
                 assert_eq!(injector.inject(packet).unwrap(), Delivery::Done);
             }
         });
+        client.send_to(b"after", to).unwrap();
         let port = client.local_addr().unwrap().port();
-        for datagram in sent {
+        let all = sent.into_iter().chain([&b"after"[..]]);
+        for datagram in all {
             assert_eq!(receives(&socket, datagram).port(), port);
         }
         let stats = capture.stats();
