@@ -25,6 +25,10 @@ pub enum Role {
     Packets = 5,
 }
 
+/// Number of the round in which pages that were left behind are sent: beyond that of any round before
+/// the freeze. After each break of the link it is one more.
+pub const PUSH_ROUND: u32 = 1 << 30;
+
 /// The first frame of a connection, from the side that connected.
 #[derive(Clone, PartialEq, Message)]
 pub struct Hello {
@@ -251,6 +255,9 @@ pub struct Offer {
     /// Pages that are left at the source, to be fetched and pushed after the commit.
     #[prost(uint64, tag = "3")]
     pub left_behind: u64,
+    /// Rounds sent over each memory connection.
+    #[prost(uint32, tag = "4")]
+    pub rounds: u32,
 }
 
 /// Every page is at the destination.
@@ -296,6 +303,9 @@ pub struct Missing {
     /// By task.
     #[prost(message, repeated, tag = "1")]
     pub tasks: Vec<MissingPages>,
+    /// Number of the round in which they are to be sent.
+    #[prost(uint32, tag = "2")]
+    pub round: u32,
 }
 
 /// Pages of one task.
@@ -495,6 +505,7 @@ mod tests {
                 pages: 9,
                 images: 3,
                 left_behind: 5,
+            rounds: 2,
             }),
             control::Body::Held(Held {
                 phases: vec![phase.clone()],

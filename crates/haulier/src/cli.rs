@@ -7,6 +7,9 @@ use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use haulier::recovery::Verdict;
 use haulier::{destination, source};
+use haulier_engine::convergence::{Mode, OnStall, Policy, PolicyKind};
+use haulier_memory::stream::Compression;
+use haulier_memory::tracker::TrackerChoice;
 use haulier_proto::id::MigrationId;
 use haulier_targets::host;
 use haulier_targets::network::MoveIp;
@@ -30,6 +33,17 @@ pub(crate) enum Command {
     Migrate(Migrate),
     Serve(Serve),
     Resolve(Resolve),
+    #[command(hide = true)]
+    Guard(Guard),
+}
+
+/// Keep the missing pages of a restored process from becoming zeros when the server dies
+///
+/// Started by "haulier serve", with a socket as its standard input.
+#[derive(Debug, Args)]
+pub(crate) struct Guard {
+    /// The cgroup of the process, to be killed then
+    pub(crate) cgroup: PathBuf,
 }
 
 /// Move a process tree to a host where "haulier serve" runs
@@ -56,9 +70,36 @@ pub(crate) struct Migrate {
     /// CRIU to use [default: $HAULIER_CRIU, or criu in PATH, or /opt/haulier/criu/sbin/criu]
     #[arg(long, value_name = "PATH")]
     criu: Option<PathBuf>,
-    /// Parallel connections for memory
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
-    streams: u32,
+    /// When memory is sent: stop-and-copy, pre-copy, post-copy or hybrid
+    #[arg(long, value_name = "MODE", default_value_t, help_heading = MEMORY)]
+    mode: Mode,
+    /// Longest time the process may stand still, as a goal for the rounds of pre-copy
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = time, help_heading = MEMORY)]
+    max_downtime: Duration,
+    /// Most rounds of pre-copy
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=10_000), help_heading = MEMORY)]
+    max_rounds: u32,
+    /// Longest time for the rounds, e.g. 90s or 5m [default: no limit]
+    #[arg(long, value_name = "TIME", value_parser = time, help_heading = MEMORY)]
+    max_time: Option<Duration>,
+    /// What to do when memory is written as fast as it is sent: post-copy, throttle, force or abort
+    #[arg(long, value_name = "WHAT", default_value_t, help_heading = MEMORY)]
+    on_stall: OnStall,
+    /// What ends the rounds: downtime, or phaul for p.haul's constants
+    #[arg(long, value_name = "POLICY", default_value_t, help_heading = MEMORY)]
+    policy: PolicyKind,
+    /// How written pages are found: auto, write-protect, soft-dirty or none
+    #[arg(long, value_name = "HOW", default_value_t, help_heading = MEMORY)]
+    tracker: TrackerChoice,
+    /// Parallel connections for memory [default: by the link and the processors]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64), help_heading = MEMORY)]
+    streams: Option<u32>,
+    /// How pages are compressed: auto, none, lz4 or zstd
+    #[arg(long, value_name = "HOW", default_value_t, help_heading = MEMORY)]
+    compress: Compression,
+    /// Most bytes a second for memory while the process runs here, e.g. 100MiB [default: no limit]
+    #[arg(long, value_name = "SIZE", help_heading = MEMORY)]
+    bandwidth: Option<ByteSize>,
     /// Longest time a single step may take, in seconds; then everything is undone
     #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     step_time: u64,
@@ -72,6 +113,8 @@ pub(crate) struct Migrate {
     #[arg(long)]
     pub(crate) json: bool,
 }
+
+const MEMORY: &str = "Memory";
 
 const MIGRATE_HELP: &str = "\
 Exit codes:
@@ -146,7 +189,19 @@ impl Migrate {
             destination: self.destination.clone(),
             move_addresses: self.move_ip.clone(),
             criu: self.criu.clone(),
+            mode: self.mode,
+            policy: Policy {
+                kind: self.policy,
+                max_downtime: self.max_downtime,
+                max_rounds: self.max_rounds,
+                max_time: self.max_time,
+                on_stall: self.on_stall,
+                may_throttle: true,
+            },
+            tracker: self.tracker,
             streams: self.streams,
+            compression: self.compress,
+            bandwidth: self.bandwidth.map(|size| size.as_u64()),
             step_time: Duration::from_secs(self.step_time),
             doubt_time: Duration::from_secs(self.doubt_time),
             check_cpu: !self.skip_cpu_check,
@@ -166,6 +221,12 @@ impl Serve {
                 .map_or_else(host::available_memory, |size| size.as_u64()),
         }
     }
+}
+
+/// `300ms`, `2s`, `1m`.
+fn time(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text)
+        .map_err(|error| format!("expected a time such as 300ms, 90s or 5m: {error}"))
 }
 
 /// `host:port`, `1.2.3.4:port` or `[v6]:port`; names are looked up later.
@@ -221,5 +282,8 @@ mod tests {
         assert!(migrate(&["7", "a"]).is_err());
         assert!(migrate(&["7", "a:1", "--move-ip", "10.0.0.5"]).is_err());
         assert!(migrate(&["7", "a:1", "--streams", "0"]).is_err());
+        assert!(migrate(&["7", "a:1", "--mode", "hybrid", "--max-time", "5m"]).is_ok());
+        assert!(migrate(&["7", "a:1", "--mode", "hybird"]).is_err());
+        assert!(migrate(&["7", "a:1", "--max-downtime", "300"]).is_err());
     }
 }

@@ -10,6 +10,7 @@ use haulier::interrupt::cancel_on_signals;
 use haulier::report::Lines;
 use haulier::source::Outcome;
 use haulier::{destination, recovery, source};
+use haulier_memory::lazy::guard;
 use haulier_targets::cgroup::CgroupFs;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
@@ -38,6 +39,9 @@ fn main() -> ExitCode {
         Command::Migrate(arguments) => migrate(arguments),
         Command::Serve(arguments) => serve(arguments).map(|()| MOVED),
         Command::Resolve(arguments) => resolve(arguments).map(|()| MOVED),
+        Command::Guard(arguments) => guard::run(&arguments.cgroup)
+            .map(|_| MOVED)
+            .map_err(Into::into),
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -2,13 +2,16 @@
 
 use std::error::Error;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use haulier_criu::restore::{self, RestoreOptions};
 use haulier_criu::skeleton::Skeleton;
-use haulier_memory::lazy::{FillStats, LazyError, LazyMap, LazyPages, LazyPagesHandle, LazyTask};
+use haulier_memory::lazy::guard::Guard;
+use haulier_memory::lazy::{LazyMap, LazyPages, LazyPagesHandle, LazyTask};
 use haulier_memory::page::PageRange;
+use haulier_memory::post::FaultClient;
 use haulier_memory::store::PageStore;
 use haulier_proto::id::MigrationId;
 use haulier_sys::wait::Wait;
@@ -16,16 +19,27 @@ use haulier_targets::cgroup::Cgroup;
 use haulier_targets::network::{
     self, Announcement, Announcer, ArmedLock, EngagedLock, LockScope, MoveIp,
 };
-use tracing::{debug, warn};
+use tracing::warn;
 
 use crate::destination::Shared;
 use crate::directories::ImageDirectory;
 use crate::timeline::Stopwatch;
 
+/// How long the guard may take to get ready.
+const GUARD_TIME: Duration = Duration::from_secs(10);
 /// How long the way back may take, step by step.
 const UNDO_TIME: Duration = Duration::from_secs(30);
 
 type AnyError = Box<dyn Error + Send + Sync>;
+
+/// Where the restored target's pages come from.
+#[derive(Debug)]
+pub(crate) struct Memory<'a> {
+    /// What was received.
+    pub(crate) store: &'a Arc<PageStore>,
+    /// Asks the source for the rest.
+    pub(crate) faults: &'a Arc<FaultClient>,
+}
 
 /// What this host has made for a target that does not run yet.
 #[derive(Debug)]
@@ -38,6 +52,8 @@ pub(crate) struct Hold {
     engaged: Option<EngagedLock>,
     added: Vec<MoveIp>,
     announcements: Vec<Announcement>,
+    /// Handed to the daemon that fills the target's memory.
+    guard: Option<Guard>,
     lazy: Option<LazyPagesHandle>,
     root: i32,
     over: bool,
@@ -56,6 +72,10 @@ impl Hold {
             false => Some(ArmedLock::arm(&id.to_string())?),
         };
         let home = shared.cgroups.create_home(&id.to_string())?;
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("guard").arg(home.path());
+        let guard = Guard::spawn(command, &Wait::uncancellable(GUARD_TIME))
+            .inspect_err(|_| drop(home.remove()))?;
         Ok(Hold {
             id,
             directory,
@@ -65,6 +85,7 @@ impl Hold {
             engaged: None,
             added: Vec::new(),
             announcements: Vec::new(),
+            guard: Some(guard),
             lazy: None,
             root: 0,
             over: false,
@@ -86,14 +107,18 @@ impl Hold {
         &mut self,
         shared: &Shared,
         shell_job: bool,
-        store: &Arc<PageStore>,
+        memory: &Memory<'_>,
         clock: &mut Stopwatch,
         wait: &Wait,
     ) -> Result<(), AnyError> {
         let criu = shared.criu.as_ref().map_err(|reason| reason.clone())?;
         let skeleton = Skeleton::read(self.directory.path())?;
-        let listener = LazyPages::listen(self.directory.path())?;
-        self.lazy = Some(listener.start(lazy_map(&skeleton), Arc::clone(store))?);
+        let faults: Arc<FaultClient> = Arc::clone(memory.faults);
+        let mut daemon = LazyPages::listen(self.directory.path())?.faults_to(faults);
+        if let Some(guard) = self.guard.take() {
+            daemon = daemon.guarded_by(guard);
+        }
+        self.lazy = Some(daemon.start(lazy_map(&skeleton), Arc::clone(memory.store))?);
         self.take_addresses()?;
         clock.lap("addresses");
 
@@ -127,14 +152,21 @@ impl Hold {
         at_resume.detach(wait)?;
         clock.lap("sockets");
 
-        if let Some(lazy) = &self.lazy {
-            // Not inside of the macro, which evaluates nothing at the usual log level.
-            let stats = wait_filled(lazy, wait)?;
-            debug!(?stats, "memory is complete");
-        }
-        self.lazy = None;
-        clock.lap("memory");
         Ok(())
+    }
+
+    /// The restored target's memory, until it is complete.
+    pub(crate) fn memory(&self) -> Option<&LazyPagesHandle> {
+        self.lazy.as_ref()
+    }
+
+    /// Pages that have neither been placed nor received.
+    pub(crate) fn missing_pages(&self) -> u64 {
+        let missing = |lazy: &LazyPagesHandle| {
+            let tasks = lazy.missing();
+            tasks.iter().map(|(_, pages)| pages.pages()).sum()
+        };
+        self.lazy.as_ref().map_or(0, missing)
     }
 
     /// Lets the target run: packets may pass, its neighbours learn where it is, and only then is
@@ -232,18 +264,6 @@ impl Drop for Hold {
             for left in self.undo() {
                 warn!("{left}");
             }
-        }
-    }
-}
-
-/// Waits until memory is complete, looking now and then whether that is still wanted.
-fn wait_filled(lazy: &LazyPagesHandle, wait: &Wait) -> Result<FillStats, LazyError> {
-    const LOOK: Duration = Duration::from_millis(50);
-    loop {
-        match lazy.wait_filled(wait.at_most(LOOK).deadline()) {
-            Err(LazyError::Deadline { .. })
-                if !wait.remaining().is_zero() && !wait.is_cancelled() => {}
-            result => return result,
         }
     }
 }

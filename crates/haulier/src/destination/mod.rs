@@ -1,7 +1,10 @@
 //! The destination of migrations: `haulier serve`.
 
+mod arrival;
 mod check;
 mod hold;
+mod link;
+mod receivers;
 mod registry;
 mod session;
 
@@ -159,7 +162,7 @@ fn command(
         }
         registry::Entry::Again => {
             if greeting::accept(&mut channel, &shared.me, version, &wait).is_ok() {
-                session::answer_again(shared, &mut channel, purpose.migration);
+                arrival::answer_again(shared, channel, purpose.migration);
             }
         }
         registry::Entry::Refused(reason) => {

@@ -36,6 +36,8 @@ struct Inner {
 struct Known {
     secret: Secret,
     streams: Option<Sender<Stream>>,
+    /// The target is this host's: its source may come back over a new command connection.
+    settled: bool,
 }
 
 /// A connection that belongs to a migration.
@@ -84,6 +86,7 @@ impl Registry {
         let known = Known {
             secret: purpose.secret.clone(),
             streams: Some(sender),
+            settled: false,
         };
         inner.known.insert(purpose.migration, known);
         Entry::New(streams)
@@ -123,6 +126,26 @@ impl Registry {
                 channel,
             });
         }
+    }
+
+    /// The target has become this host's.
+    pub(crate) fn settle(&self, migration: MigrationId) {
+        if let Some(known) = self.lock().known.get_mut(&migration) {
+            known.settled = true;
+        }
+    }
+
+    /// Hands a new command connection to its migration, if the target is this host's and pages are
+    /// still coming. Returns it otherwise.
+    pub(crate) fn rejoin(&self, migration: MigrationId, channel: Channel) -> Option<Channel> {
+        let inner = self.lock();
+        let known = inner.known.get(&migration).filter(|known| known.settled);
+        let Some(sender) = known.and_then(|known| known.streams.as_ref()) else {
+            return Some(channel);
+        };
+        let role = Role::Command;
+        let sent = sender.send(Stream { role, channel });
+        sent.err().map(|unsent| unsent.0.channel)
     }
 
     /// The migration has come to its end; its secret is kept for questions.

@@ -3,38 +3,34 @@
 use std::error::Error;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use haulier_engine::destination::{Action, Destination, Event};
 use haulier_engine::phase::Phase;
-use haulier_images::directory::{self, ImageCount, ImagesError};
+use haulier_images::directory::{self, ImagesError};
+use haulier_memory::lazy::FillStats;
+use haulier_memory::post::FaultClient;
 use haulier_memory::store::PageStore;
-use haulier_memory::stream;
 use haulier_proto::id::MigrationId;
 use haulier_proto::message::{
-    Complete, Held, Offer, Prepared, Requirements, Resumed, Role, control,
+    Begin, Complete, Faults, Held, PUSH_ROUND, Prepared, Requirements, Resumed, Role, control,
 };
-use haulier_sys::wait::{Cancel, Wait};
+use haulier_sys::wait::Wait;
 use haulier_targets::network::MoveIp;
 use haulier_transport::channel::Channel;
 use tracing::{debug, info, info_span, warn};
 
-use crate::commands::{self, Incoming};
-use crate::destination::hold::Hold;
+use crate::commands::Incoming;
+use crate::destination::hold::{Hold, Memory};
+use crate::destination::link::Link;
 use crate::destination::registry::Stream;
 use crate::destination::{Shared, check};
 use crate::failure::Failure;
-use crate::journal::{self, Decision, Holding, Journal, Side};
+use crate::journal::{Holding, Journal, Side};
 use crate::timeline::Stopwatch;
 
-/// How long a thaw that fails is tried again and again.
-const THAW_PAUSE: Duration = Duration::from_millis(100);
-/// How long a source that asks again waits for a decision.
-const DECISION_TIME: Duration = Duration::from_secs(30);
-
 /// Why a migration is not going on.
-enum Setback {
+pub(super) enum Setback {
     /// Something of this side.
     Here(Failure),
     /// The source gave up.
@@ -59,56 +55,23 @@ pub(crate) fn run(
     session.run();
 }
 
-/// Answers a source that has connected again to hear what became of its commit.
-pub(crate) fn answer_again(shared: &Shared, channel: &mut Channel, id: MigrationId) {
-    let wait = Wait::uncancellable(DECISION_TIME);
-    match channel.receive_control("a commit", &wait) {
-        Ok(control::Body::Commit(_)) => {}
-        Ok(other) => return info!(message = other.name(), "not a question about a commit"),
-        Err(error) => return info!(%error, "asked about a commit"),
-    }
-    let deadline = Instant::now() + DECISION_TIME;
-    while shared.registry.is_running(id) && Instant::now() < deadline {
-        thread::sleep(Duration::from_millis(10));
-    }
-    let running = shared.registry.is_running(id);
-    let answer = match journal::decision(id) {
-        Ok(Some(Decision::Committed)) if !running => control::Body::Resumed(Resumed {
-            pid: 0,
-            phases: Vec::new(),
-        }),
-        Ok(Some(Decision::Refused | Decision::Open)) if !running => {
-            let host = &shared.host.name;
-            let what = "the connection broke before the commit arrived";
-            control::Body::Failed((&Failure::new(host, Phase::Commit, what)).into())
-        }
-        // Undecided, or not to be read: no answer is the only one that is surely right.
-        _ => return,
-    };
-    let _ = channel.send_control(answer, &wait);
-}
-
-/// What came of the target.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Received {
-    pages: u64,
-    images: u32,
-}
-
-struct Session<'a> {
-    shared: &'a Shared,
-    id: MigrationId,
-    channel: Channel,
-    incoming: Receiver<Incoming>,
-    streams: Receiver<Stream>,
-    stop: Cancel,
-    machine: Destination,
+pub(super) struct Session<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) id: MigrationId,
+    /// `None` once it has broken; only after the commit may there be another.
+    pub(super) link: Option<Link>,
+    pub(super) streams: Receiver<Stream>,
+    pub(super) machine: Destination,
     journal: Option<Journal>,
     needs: Requirements,
-    hold: Option<Hold>,
-    store: Arc<PageStore>,
-    receivers: Vec<JoinHandle<Result<u64, String>>>,
-    received: Received,
+    pub(super) hold: Option<Hold>,
+    pub(super) store: Arc<PageStore>,
+    pub(super) faults: Arc<FaultClient>,
+    /// What the target's memory was filled with, once it is complete.
+    pub(super) filled: Option<FillStats>,
+    images: u32,
+    /// Pages that are to come after the commit.
+    pub(super) left_behind: u64,
     failure: Option<Failure>,
     clock: Stopwatch,
 }
@@ -120,22 +83,21 @@ impl<'a> Session<'a> {
         id: MigrationId,
         streams: Receiver<Stream>,
     ) -> std::io::Result<Session<'a>> {
-        let stop = Cancel::new()?;
-        let incoming = commands::listen(channel.try_clone()?, Some(stop.clone()));
+        let store = Arc::new(PageStore::new(shared.options.max_memory));
         Ok(Session {
             shared,
             id,
-            channel,
-            incoming,
+            link: Some(Link::new(channel)?),
             streams,
-            stop,
             machine: Destination::new(),
             journal: None,
             needs: Requirements::default(),
             hold: None,
-            store: Arc::new(PageStore::new(shared.options.max_memory)),
-            receivers: Vec::new(),
-            received: Received::default(),
+            faults: FaultClient::new(Arc::clone(&store)),
+            store,
+            filled: None,
+            images: 0,
+            left_behind: 0,
             failure: None,
             clock: Stopwatch::new(),
         })
@@ -144,20 +106,15 @@ impl<'a> Session<'a> {
     fn run(mut self) {
         let result = self.take_over();
         if self.machine.may_run() {
-            self.settle();
+            self.arrive();
         } else if let Err(setback) = result {
             self.undo(setback);
-        }
-        self.stop.cancel();
-        self.channel.shutdown();
-        for receiver in self.receivers.drain(..) {
-            let _ = receiver.join();
         }
     }
 
     /// The migration, a line per step. It is over at once if the source only asked.
     fn take_over(&mut self) -> Result<(), Setback> {
-        let Some(streams) = self.answer_checks()? else {
+        let Some(begin) = self.answer_checks()? else {
             return Ok(());
         };
         info!(
@@ -167,8 +124,8 @@ impl<'a> Session<'a> {
         );
         self.prepare()?;
         self.on(Event::Begun)?;
-        let images = self.open_streams(streams)?;
-        self.received.images = self.receive_images(images)?.images;
+        let images = self.open_streams(&begin)?;
+        self.receive_images(images)?;
         self.restore()?;
         self.check_offer()?;
         self.on(Event::Restored)?;
@@ -177,7 +134,7 @@ impl<'a> Session<'a> {
     }
 
     /// Answers checks until the source begins; `None` if it leaves instead.
-    fn answer_checks(&mut self) -> Result<Option<u32>, Setback> {
+    fn answer_checks(&mut self) -> Result<Option<Begin>, Setback> {
         loop {
             match self.next("a check") {
                 Ok(control::Body::Check(needs)) => {
@@ -189,7 +146,7 @@ impl<'a> Session<'a> {
                     self.tell(control::Body::Findings(findings))?;
                 }
                 Ok(control::Body::Begin(begin)) if self.needs.root_pid > 0 => {
-                    return Ok(Some(begin.memory_streams.clamp(1, 64)));
+                    return Ok(Some(begin));
                 }
                 Ok(other) => return Err(self.unexpected(&other, "a check")),
                 Err(Setback::Disconnected | Setback::Aborted) => return Ok(None),
@@ -220,32 +177,35 @@ impl<'a> Session<'a> {
     }
 
     /// Waits for the connections, and starts to receive pages over each memory connection.
-    fn open_streams(&mut self, memory: u32) -> Result<Channel, Setback> {
+    fn open_streams(&mut self, begin: &Begin) -> Result<Channel, Setback> {
         let deadline = Instant::now() + self.shared.options.step_time;
         let mut images = None;
-        let mut missing = memory;
-        while images.is_none() || missing > 0 {
+        let mut missing = begin.memory_streams.clamp(1, 64);
+        let mut faults = begin.faults;
+        let store = Arc::clone(&self.store);
+        while images.is_none() || missing > 0 || faults {
             match self.streams.recv_timeout(Duration::from_millis(20)) {
-                Ok(Stream {
-                    role: Role::Images,
-                    channel,
-                }) if images.is_none() => {
-                    images = Some(channel);
-                }
-                Ok(Stream {
-                    role: Role::Memory,
-                    channel,
-                }) if missing > 0 => {
-                    missing -= 1;
-                    self.receive_pages(channel);
-                }
-                // More than announced: closed by being dropped.
-                Ok(_) => {}
+                Ok(Stream { role, channel }) => match role {
+                    Role::Images if images.is_none() => images = Some(channel),
+                    Role::Memory if missing > 0 => {
+                        missing -= 1;
+                        self.link_mut().receivers.add(channel, &store);
+                    }
+                    Role::Faults if faults => {
+                        faults = false;
+                        let client = Arc::clone(&self.faults);
+                        let receivers = &mut self.link_mut().receivers;
+                        receivers.add_faults(channel, PUSH_ROUND, &client);
+                    }
+
+                    // More than announced: closed by being dropped.
+                    _ => {}
+                },
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                     self.check_stop()?;
                     // Nothing is due before the connections. A source that says something all the
                     // same, be it a commit, gets its refusal now and not after the deadline.
-                    if let Ok(incoming) = self.incoming.try_recv() {
+                    if let Some(incoming) = self.heard() {
                         return Err(self.out_of_turn(&incoming));
                     }
                     if Instant::now() > deadline {
@@ -258,72 +218,33 @@ impl<'a> Session<'a> {
         images.ok_or(Setback::Disconnected)
     }
 
-    fn receive_pages(&mut self, mut channel: Channel) {
-        let store = Arc::clone(&self.store);
-        let (stop, wait) = (self.stop.clone(), self.shared.step(&self.stop));
-        self.receivers.push(thread::spawn(move || {
-            let result = stream::receive_pages(&mut channel, &store, &wait);
-            // A broken stream ends the migration now, not when somebody misses a page.
-            if let Err(error) = &result {
-                if !stop.is_cancelled() {
-                    warn!(%error, "receiving pages");
-                }
-                stop.cancel();
-            }
-            result
-                .map(|stats| stats.pages)
-                .map_err(|error| error.to_string())
-        }));
-    }
-
-    fn receive_images(&mut self, mut channel: Channel) -> Result<ImageCount, Setback> {
-        let wait = self.shared.step(&self.stop);
-        let Some(hold) = &self.hold else {
+    /// Receives the images, which come when the target is frozen, after rounds of whatever length.
+    fn receive_images(&mut self, mut channel: Channel) -> Result<(), Setback> {
+        let (Some(hold), Some(link)) = (&self.hold, &self.link) else {
             unreachable!("received before prepared")
         };
-        let limit = self.shared.options.max_memory;
+        let (limit, wait) = (self.shared.options.max_memory, link.transfer());
         let received = directory::receive(hold.directory().path(), limit, &mut channel, &wait);
         let count = received.map_err(|e: ImagesError| self.here(Phase::Send, &e))?;
+        self.images = count.images;
         // The steps before it are the source's, which measures them itself.
         self.clock = Stopwatch::new();
-        Ok(count)
+        Ok(())
     }
 
     fn restore(&mut self) -> Result<(), Setback> {
-        let wait = self.shared.step(&self.stop);
-        let Some(hold) = &mut self.hold else {
+        let (Some(hold), Some(link)) = (&mut self.hold, &self.link) else {
             unreachable!("restored before prepared")
         };
-        // The store is sealed when the last stream has ended, so that what is missing is zero.
-        let receivers = std::mem::take(&mut self.receivers);
-        let store = Arc::clone(&self.store);
-        let sealer = thread::spawn(move || -> Result<u64, String> {
-            let mut pages = 0;
-            for receiver in receivers {
-                pages += receiver
-                    .join()
-                    .map_err(|_| "a receiver panicked".to_owned())??;
-            }
-            store.seal();
-            Ok(pages)
-        });
+        let wait = self.shared.step(&link.stop);
         let shell_job = self.needs.shell_job;
-        let result = hold.restore(self.shared, shell_job, &self.store, &mut self.clock, &wait);
-        if result.is_err() {
-            self.stop.cancel();
-        }
-        let sealed = sealer
-            .join()
-            .unwrap_or_else(|_| Err("a receiver panicked".to_owned()));
-        let error = match (result, sealed) {
-            (Ok(()), Ok(pages)) => {
-                self.received.pages = pages;
-                return Ok(());
-            }
-            (Ok(()), Err(reason)) => {
-                return Err(self.setback_or(self.failure(Phase::Send, reason)));
-            }
-            (Err(error), _) => error,
+        let memory = Memory {
+            store: &self.store,
+            faults: &self.faults,
+        };
+        let result = hold.restore(self.shared, shell_job, &memory, &mut self.clock, &wait);
+        let Err(error) = result else {
+            return Ok(());
         };
         let mut failure = Failure::from_error(&self.shared.host.name, Phase::Restore, &*error);
         if let Some(log) = self.hold.as_ref().and_then(Hold::keep_log) {
@@ -336,20 +257,37 @@ impl<'a> Session<'a> {
         Err(self.setback_or(failure))
     }
 
-    /// The source's word on how much it sent, which has to be what came.
+    /// The source's word on how much it sent, which has to be what came; what it kept has to be what
+    /// is missing here.
     fn check_offer(&mut self) -> Result<(), Setback> {
-        let Offer { pages, images, .. } = match self.next("an offer")? {
+        let offer = match self.next("an offer")? {
             control::Body::Offer(offer) => offer,
             other => return Err(self.unexpected(&other, "an offer")),
         };
-        if self.received == (Received { pages, images }) {
-            return Ok(());
+        let (Some(hold), Some(link)) = (&self.hold, &self.link) else {
+            unreachable!("offered before prepared")
+        };
+        let wait = self.shared.step(&link.stop);
+        let came = link.receivers.wait_rounds(offer.rounds, &wait);
+        let came = came.map_err(|e| self.here(Phase::Send, &e))?;
+        // What the source keeps comes in at this moment, unless it keeps nothing.
+        let missing = match offer.left_behind {
+            0 => hold.missing_pages(),
+            _ => 0,
+        };
+        if (came, self.images, missing) != (offer.pages, offer.images, 0) {
+            let what = format!(
+                "{came} of {} pages and {} of {} images came, and {missing} pages are missing",
+                offer.pages, self.images, offer.images
+            );
+            return Err(Setback::Here(self.failure(Phase::Send, what)));
         }
-        let what = format!(
-            "{} of {pages} pages and {} of {images} images came",
-            self.received.pages, self.received.images
-        );
-        Err(Setback::Here(self.failure(Phase::Send, what)))
+        if offer.left_behind == 0 {
+            self.store.seal();
+        }
+        self.left_behind = offer.left_behind;
+        self.clock.lap("memory");
+        Ok(())
     }
 
     fn await_commit(&mut self) -> Result<(), Setback> {
@@ -360,22 +298,6 @@ impl<'a> Session<'a> {
             }
             other => Err(self.unexpected(&other, "a commit")),
         }
-    }
-
-    /// The target is this host's: it has to run, whatever else fails.
-    fn settle(&mut self) {
-        while matches!(self.machine, Destination::Owner(_)) {
-            if self.on(Event::Failed).is_err() {
-                thread::sleep(THAW_PAUSE);
-            }
-        }
-        info!("the target runs here");
-        let _ = self.on(Event::Filled);
-        // A source that did not hear it asks again, over this connection or a new one.
-        while let Ok(control::Body::Commit(_)) = self.next("the end") {
-            let _ = self.on(Event::Commit);
-        }
-        self.hold = None;
     }
 
     /// The one place that undoes.
@@ -399,7 +321,7 @@ impl<'a> Session<'a> {
     }
 
     /// Feeds an event to the hand-over and performs what follows.
-    fn on(&mut self, event: Event) -> Result<(), Setback> {
+    pub(super) fn on(&mut self, event: Event) -> Result<(), Setback> {
         let (next, actions) = self.machine.on(event);
         let before = std::mem::replace(&mut self.machine, next);
         for action in actions {
@@ -452,9 +374,16 @@ impl<'a> Session<'a> {
                 let phases = self.clock.take();
                 self.tell(control::Body::Resumed(Resumed { pid, phases }))
             }
-            Action::SendComplete => self.tell(control::Body::Complete(Complete { faults: None })),
+            Action::SendComplete => {
+                // Whoever hears it may move the target on at once.
+                self.journal = None;
+                let faults = self.filled.as_ref().map(faults_of);
+                self.tell(control::Body::Complete(Complete { faults }))
+            }
             Action::Kill => {
-                self.stop.cancel();
+                if let Some(link) = &self.link {
+                    link.stop.cancel();
+                }
                 if let Some(mut hold) = self.hold.take() {
                     for left in hold.undo() {
                         warn!("{left}");
@@ -470,9 +399,9 @@ impl<'a> Session<'a> {
                     )
                 });
                 let wait = Wait::uncancellable(Duration::from_secs(5));
-                let _ = self
-                    .channel
-                    .send_control(control::Body::Failed((&failure).into()), &wait);
+                if let Some(link) = &mut self.link {
+                    let _ = link.send(control::Body::Failed((&failure).into()), &wait);
+                }
                 Ok(())
             }
         }
@@ -480,7 +409,10 @@ impl<'a> Session<'a> {
 
     /// The next message of the source.
     fn next(&mut self, due: &'static str) -> Result<control::Body, Setback> {
-        match self.incoming.recv_timeout(self.shared.options.step_time) {
+        let Some(link) = &self.link else {
+            return Err(Setback::Disconnected);
+        };
+        match link.incoming.recv_timeout(self.shared.options.step_time) {
             Ok(Incoming::Message(control::Body::Failed(_))) => Err(Setback::Aborted),
             Ok(Incoming::Message(body)) => Ok(body),
             Ok(Incoming::Lost(error)) => {
@@ -497,7 +429,11 @@ impl<'a> Session<'a> {
 
     /// Whether the source has gone or given up meanwhile.
     fn check_stop(&mut self) -> Result<(), Setback> {
-        if !self.stop.is_cancelled() {
+        if !self
+            .link
+            .as_ref()
+            .is_some_and(|link| link.stop.is_cancelled())
+        {
             return Ok(());
         }
         Err(self.setback_or(self.failure(Phase::Send, "a connection of the source broke")))
@@ -505,11 +441,23 @@ impl<'a> Session<'a> {
 
     /// A step of this side failed: because the source has gone or given up, if it has.
     fn setback_or(&self, failure: Failure) -> Setback {
-        match self.incoming.try_recv() {
-            Ok(Incoming::Message(control::Body::Failed(_))) => Setback::Aborted,
-            Ok(Incoming::Lost(_)) => Setback::Disconnected,
-            Ok(Incoming::Message(_)) | Err(_) => Setback::Here(failure),
+        match self.heard() {
+            Some(Incoming::Message(control::Body::Failed(_))) => Setback::Aborted,
+            Some(Incoming::Lost(_)) => Setback::Disconnected,
+            Some(Incoming::Message(_)) | None => Setback::Here(failure),
         }
+    }
+
+    fn link_mut(&mut self) -> &mut Link {
+        let Some(link) = &mut self.link else {
+            unreachable!("connections of a source that was never there")
+        };
+        link
+    }
+
+    /// What the source has said, if it has.
+    pub(super) fn heard(&self) -> Option<Incoming> {
+        self.link.as_ref()?.incoming.try_recv().ok()
     }
 
     fn out_of_turn(&self, incoming: &Incoming) -> Setback {
@@ -520,11 +468,12 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn tell(&mut self, body: control::Body) -> Result<(), Setback> {
+    pub(super) fn tell(&mut self, body: control::Body) -> Result<(), Setback> {
         let wait = Wait::uncancellable(self.shared.options.step_time);
-        self.channel
-            .send_control(body, &wait)
-            .map_err(|_| Setback::Disconnected)
+        let Some(link) = &mut self.link else {
+            return Err(Setback::Disconnected);
+        };
+        link.send(body, &wait).map_err(|_| Setback::Disconnected)
     }
 
     fn failure(&self, phase: Phase, what: impl Into<String>) -> Failure {
@@ -538,5 +487,19 @@ impl<'a> Session<'a> {
     fn unexpected(&self, got: &control::Body, due: &str) -> Setback {
         let what = format!("the source sent {} where {due} was due", got.name());
         Setback::Here(self.failure(Phase::Check, what))
+    }
+}
+
+fn faults_of(stats: &FillStats) -> Faults {
+    Faults {
+        local: stats.local_faults,
+        remote: stats.remote_faults,
+        zero: stats.zero_faults,
+        latency: stats
+            .local_latency
+            .merged(&stats.remote_latency)
+            .buckets
+            .to_vec(),
+        remote_latency: stats.remote_latency.buckets.to_vec(),
     }
 }

@@ -1,28 +1,38 @@
 //! The source of a migration: `haulier migrate`.
 
+mod behind;
 mod link;
 mod pages;
 mod plan;
 mod ready;
+mod rounds;
+mod settle;
 mod target;
 
+use std::thread;
 use std::time::{Duration, Instant};
 
 use haulier_criu::skeleton::Skeleton;
+use haulier_engine::convergence::{self, Decision, Mode, OnStall};
 use haulier_engine::phase::Phase;
 use haulier_engine::source::{Action, Event, Source};
+use haulier_memory::ranges::RangeSet;
+use haulier_memory::stream::StreamOptions;
 use haulier_proto::id::MigrationId;
-use haulier_proto::message::{Begin, Commit, Offer, control};
+use haulier_proto::message::{Begin, Commit, Offer, PUSH_ROUND, control};
 use haulier_targets::network::LockScope;
+use haulier_transport::tcp;
 use haulier_transport::wait::{Cancel, Wait};
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 pub use self::plan::Options;
 
+use self::behind::Behind;
 use self::link::{Dialer, Link};
 use self::pages::Streams;
 use self::plan::Plan;
 use self::ready::{Ready, interrupted};
+use self::rounds::{Rounds, ranges_by_task};
 use self::target::Target;
 use crate::commands::Incoming;
 use crate::directories::state_directory;
@@ -33,10 +43,6 @@ use crate::timeline::Timeline;
 
 /// How long the way back may take, step by step: it is not cancelled.
 const UNDO_TIME: Duration = Duration::from_secs(30);
-/// How long one attempt to reach the destination again may take.
-const RECONNECT_TIME: Duration = Duration::from_secs(5);
-/// Pause between such attempts.
-const RECONNECT_PAUSE: Duration = Duration::from_millis(500);
 
 /// How a migration ended.
 #[derive(Debug)]
@@ -85,6 +91,13 @@ struct Migration<'a> {
     machine: Source,
     target: Option<Target>,
     streams: Option<Streams>,
+    rounds: Option<Rounds>,
+    /// The rounds ended with pages to be left here.
+    leave_behind: bool,
+    behind: Option<Behind>,
+    /// The next serving of pages is one over new connections.
+    rejoins: bool,
+    memory_streams: u32,
     report: Report,
 }
 
@@ -120,6 +133,11 @@ impl<'a> Migration<'a> {
             machine: Source::new(),
             target: None,
             streams: None,
+            rounds: None,
+            leave_behind: false,
+            behind: None,
+            rejoins: false,
+            memory_streams: 1,
             report,
         }
     }
@@ -134,10 +152,12 @@ impl<'a> Migration<'a> {
     /// The migration up to the commit, a line per phase.
     fn hand_over(&mut self) -> Result<(), Setback> {
         self.prepare()?;
+        self.pre_copy()?;
         self.on(Event::Begin)?;
         let skeleton = self.dump()?;
-        self.send(&skeleton)?;
-        self.on(Event::AllSent)?;
+        let sent = self.send(&skeleton)?;
+        self.on(sent)?;
+        self.serve_from_now_on()?;
         self.await_held()?;
         self.timeline.enter(Phase::Commit);
         self.on(Event::Held)
@@ -156,9 +176,17 @@ impl<'a> Migration<'a> {
         }
         let target = Target::prepare(&self.plan, journal);
         self.target = Some(target.map_err(|e| self.setback(&*e))?);
+        let mode = self.options.mode;
+        let may_leave = matches!(mode, Mode::PostCopy | Mode::Hybrid)
+            || self.options.policy.on_stall == OnStall::PostCopy;
+        let streams = self
+            .options
+            .streams
+            .unwrap_or_else(|| self.suitable_streams());
+        self.memory_streams = streams;
         let begin = Begin {
-            memory_streams: self.options.streams,
-            faults: false,
+            memory_streams: streams,
+            faults: may_leave,
             packets: false,
         };
         self.tell(control::Body::Begin(begin))?;
@@ -166,34 +194,201 @@ impl<'a> Migration<'a> {
             control::Body::Prepared(_) => {}
             other => return Err(self.unexpected(&other, "prepared")),
         }
-        let streams = Streams::open(&self.dialer, self.options.streams, &self.step());
-        self.streams = Some(streams.map_err(|e| self.setback(&e))?);
+        let wait = self.step();
+        let opened = Streams::open(&self.dialer, self.options, streams, may_leave, &wait);
+        self.streams = Some(opened.map_err(|e| self.setback(&*e))?);
         Ok(())
     }
 
+    fn suitable_streams(&self) -> u32 {
+        let local = self
+            .link
+            .as_ref()
+            .and_then(|link| tcp::local_address(link.channel()));
+        pages::suitable_streams(local.map(|address| address.ip()))
+    }
+
+    /// Sends memory in rounds while the target runs, until the stop rule says how it ends.
+    fn pre_copy(&mut self) -> Result<(), Setback> {
+        let mode = self.plan.mode;
+        let tracker = self
+            .plan
+            .tracker
+            .filter(|_| matches!(mode, Mode::PreCopy | Mode::Hybrid));
+        let memory = self.plan.memory_bytes;
+        self.rounds = Some(Rounds::new(self.plan.tree.root(), tracker, memory));
+        if tracker.is_some() {
+            self.timeline.enter(Phase::PreCopy);
+        }
+        let end = self.rounds_until_the_end(mode);
+        // A throttled target dumps slowly, and goes on at full speed whatever happens.
+        if let Some(target) = &mut self.target {
+            target.end_throttle();
+        }
+        self.leave_behind = end?;
+        Ok(())
+    }
+
+    /// Whether pages are to be left here.
+    fn rounds_until_the_end(&mut self, mode: Mode) -> Result<bool, Setback> {
+        let policy = &self.options.policy;
+        loop {
+            let Some(rounds) = &mut self.rounds else {
+                unreachable!("rounds before they were prepared")
+            };
+            let decision = convergence::decide(policy, mode, rounds.measured());
+            if !matches!(decision, Decision::Another) {
+                self.progress.decided(&decision);
+            }
+            match decision {
+                Decision::Another => {}
+                Decision::Throttle { percent, .. } => self.throttle(percent)?,
+                Decision::Freeze {
+                    left_behind,
+                    why,
+                    predicted,
+                } => {
+                    self.report.frozen_because(why, predicted);
+                    return Ok(left_behind);
+                }
+                Decision::GiveUp { why } => {
+                    let what = format!("given up before the freeze: {why}");
+                    let failure = Failure::new(&self.plan.host.name, Phase::PreCopy, what);
+                    let remedy = "allow more with --max-downtime, or choose another --on-stall";
+                    return Err(Setback::Here(failure.remedy(remedy)));
+                }
+            }
+            self.round()?;
+        }
+    }
+
+    fn round(&mut self) -> Result<(), Setback> {
+        let wait = self.stop.wait_idle(self.options.step_time);
+        let (Some(rounds), Some(streams), Some(target)) =
+            (&mut self.rounds, &mut self.streams, &self.target)
+        else {
+            unreachable!("a round before it was prepared")
+        };
+        let result = rounds.round(streams, target.groups(), &wait);
+        let (report, stats) = result.map_err(|e| self.setback(&*e))?;
+        self.progress.round(&report);
+        self.report.sent_round(&stats, false);
+        self.report.rounds.push(report);
+        Ok(())
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), Setback> {
+        let (Some(target), Some(journal)) = (&mut self.target, &mut self.journal) else {
+            unreachable!("throttled before it was prepared")
+        };
+        let result = target.throttle(percent, journal);
+        result.map_err(|e| self.setback(&*e))?;
+        if let Some(rounds) = &mut self.rounds {
+            rounds.throttled(percent);
+        }
+        Ok(())
+    }
+
+    /// Has CRIU write the skeleton, while what was written last is already on its way.
     fn dump(&mut self) -> Result<Skeleton, Setback> {
-        self.timeline.enter(Phase::Dump);
         let wait = self.step();
-        let Some(target) = &mut self.target else {
+        let (Some(target), Some(rounds), Some(streams)) =
+            (&mut self.target, &mut self.rounds, &mut self.streams)
+        else {
             unreachable!("dumped before prepared")
         };
-        let result = target.capture(&self.plan, &wait);
-        let skeleton = result.map_err(|e| self.setback(&*e))?;
+        streams.lift_bandwidth_limit();
+        let dirty = rounds.finish();
+        self.timeline.enter(Phase::Dump);
+        let plan = &self.plan;
+        let behind = self.leave_behind;
+        let result = dirty.and_then(|dirty| {
+            let (skeleton, sent) = thread::scope(|scope| {
+                let sent = scope.spawn(|| match behind || dirty.is_empty() {
+                    true => Ok(None),
+                    false => streams
+                        .send_round(dirty.clone(), &[], false, &wait)
+                        .map(Some),
+                });
+                (target.capture(plan, &wait), sent.join())
+            });
+            let skeleton = skeleton?;
+            let sent = sent.map_err(|_| "the sender of pages panicked")??;
+            if sent.is_some() {
+                rounds.sent(&dirty);
+            }
+            Ok((skeleton, sent))
+        });
+        let (skeleton, sent) = result.map_err(|e| self.setback(&*e))?;
+        if let Some(stats) = &sent {
+            self.report.sent_round(stats, true);
+        }
         self.report.processes = skeleton.tasks.len();
         self.report.threads = skeleton.tasks.iter().map(|task| task.threads.len()).sum();
         Ok(skeleton)
     }
 
-    /// Sends skeleton and pages at the same time, so that the restore can begin.
-    fn send(&mut self, skeleton: &Skeleton) -> Result<(), Setback> {
+    /// Sends the skeleton and, unless they are left behind, the pages that the destination lacks.
+    /// It restores them as they come.
+    fn send(&mut self, skeleton: &Skeleton) -> Result<Event, Setback> {
         self.timeline.enter(Phase::Send);
         let wait = self.step();
-        let (Some(target), Some(streams)) = (&self.target, self.streams.take()) else {
+        let (Some(target), Some(rounds), Some(streams)) =
+            (&self.target, &self.rounds, &mut self.streams)
+        else {
             unreachable!("sent before prepared");
         };
-        let sent = streams.send(target.directory().path(), skeleton, &wait);
-        self.report.sent = sent.map_err(|e| self.setback(&*e))?;
-        Ok(())
+        let lazy = pages::lazy_pages(skeleton);
+        let missing: Vec<(u32, RangeSet)> = lazy
+            .iter()
+            .map(|(task, pages)| (*task, rounds.missing(*task, pages)))
+            .collect();
+        let behind = self.leave_behind && missing.iter().any(|(_, pages)| !pages.is_empty());
+        let (tasks, discard) = if behind {
+            // The destination may have them in an old version.
+            (Vec::new(), ranges_by_task(missing.clone()))
+        } else {
+            let pages =
+                |(task, set): &(u32, RangeSet)| pages::task_pages(*task, set.iter().collect());
+            (missing.iter().map(pages).collect(), Vec::new())
+        };
+        let directory = target.directory().path();
+        let sent = streams.send_last(directory, tasks, &discard, &wait);
+        let hot = |(task, set): &(u32, RangeSet)| (*task, rounds.by_heat(*task, set));
+        let left = behind.then(|| missing.iter().map(hot).collect());
+        let images_wire_bytes = streams.images.wire_bytes();
+        let ahead = rounds.ahead();
+        let (images, stats) = sent.map_err(|e| self.setback(&*e))?;
+        self.report.sent_round(&stats, true);
+        self.report.sent.images = images.images;
+        self.report.sent.image_bytes = images.bytes;
+        self.report.sent.images_wire_bytes = images_wire_bytes;
+        self.report.sent.ahead_pages = ahead.sent;
+        let Some(left) = left else {
+            return Ok(Event::AllSent);
+        };
+        let options = StreamOptions {
+            compression: self.options.compression,
+            ..StreamOptions::default()
+        };
+        let behind = Behind::new(left, options).map_err(|e| self.setback(&e))?;
+        self.report.left_behind = behind.remaining();
+        self.behind = Some(behind);
+        Ok(Event::SkeletonSent)
+    }
+
+    /// The destination's CRIU itself waits for pages that are left here: they are served before the
+    /// commit already.
+    fn serve_from_now_on(&mut self) -> Result<(), Setback> {
+        let (Some(behind), Some(streams)) = (&mut self.behind, &mut self.streams) else {
+            return Ok(());
+        };
+        let memory = streams.take_memory();
+        let Some(faults) = streams.faults.take() else {
+            unreachable!("pages are left behind without a connection for faults")
+        };
+        let started = behind.start(faults, memory, PUSH_ROUND);
+        started.map_err(|e| self.setback(&e))
     }
 
     fn await_held(&mut self) -> Result<(), Setback> {
@@ -204,100 +399,6 @@ impl<'a> Migration<'a> {
                 Ok(())
             }
             other => Err(self.unexpected(&other, "held")),
-        }
-    }
-
-    /// From the commit on: only the destination's answer leads on, over whatever connection.
-    fn settle(mut self) -> Outcome {
-        let deadline = Instant::now() + self.options.doubt_time;
-        let mut reason = None;
-        loop {
-            let heard = self
-                .link
-                .as_ref()
-                .map(|link| link.receive(Duration::from_millis(100)));
-            let event = match heard {
-                Some(Some(Incoming::Message(control::Body::Resumed(resumed)))) => {
-                    self.report.pid = resumed.pid;
-                    self.report.there(&resumed.phases);
-                    Some(Event::Resumed)
-                }
-                Some(Some(Incoming::Message(control::Body::Failed(failure)))) => {
-                    reason = Some(Failure::from(failure));
-                    Some(Event::Refused)
-                }
-                Some(Some(Incoming::Message(other))) => {
-                    debug!(message = other.name(), "ignored while in doubt");
-                    None
-                }
-                Some(Some(Incoming::Lost(error))) => {
-                    reason = Some(Failure::from_error(
-                        &self.plan.host.name,
-                        Phase::Commit,
-                        &error,
-                    ));
-                    self.link = None;
-                    Some(Event::Disconnected)
-                }
-                Some(None) => None,
-                // An attempt to reconnect failed.
-                None => Some(Event::Disconnected),
-            };
-            if let Some(event) = event {
-                // Nothing here may end the migration but the answer: errors are only noted.
-                let result = self.on(event);
-                if self.machine.is_final() {
-                    return self.finish(reason);
-                }
-                if let Err(
-                    Setback::Here(failure) | Setback::There(failure) | Setback::Link(failure),
-                ) = result
-                {
-                    reason = Some(failure);
-                }
-            }
-            if Instant::now() > deadline {
-                return self.give_up_asking(reason);
-            }
-        }
-    }
-
-    /// Moved, or refused after the commit was sent.
-    fn finish(mut self, reason: Option<Failure>) -> Outcome {
-        self.timeline.finish();
-        self.link = None;
-        // What could not be removed now, the next haulier on this host tries again by the journal.
-        if let Some(journal) = self.journal.take().filter(|_| self.report.left.is_empty()) {
-            journal.remove();
-        }
-        if matches!(self.machine, Source::RolledBack(_)) {
-            let host = &self.plan.host.name;
-            let failure = reason
-                .unwrap_or_else(|| Failure::new(host, Phase::Commit, "the destination refused"));
-            return Outcome::RolledBack {
-                failure,
-                left: self.report.left,
-            };
-        }
-        self.report.close(&self.timeline);
-        Outcome::Moved(Box::new(self.report))
-    }
-
-    fn give_up_asking(mut self, reason: Option<Failure>) -> Outcome {
-        if let Some(target) = self.target.take() {
-            target.keep();
-        }
-        let host = &self.plan.host.name;
-        let failure = reason.unwrap_or_else(|| {
-            Failure::new(
-                host,
-                Phase::Commit,
-                "the destination did not answer the commit",
-            )
-        });
-        Outcome::InDoubt {
-            id: self.dialer.migration,
-            failure,
         }
     }
 
@@ -366,11 +467,11 @@ impl<'a> Migration<'a> {
             }
             Action::Freeze => self.freeze(),
             Action::SendOffer => {
-                let sent = &self.report.sent;
                 let offer = Offer {
-                    pages: sent.pages,
-                    images: sent.images,
-                    left_behind: 0,
+                    pages: self.streams.as_ref().map_or(0, Streams::pages),
+                    images: self.report.sent.images,
+                    left_behind: self.report.left_behind,
+                    rounds: self.streams.as_ref().map_or(0, Streams::rounds),
                 };
                 self.tell(control::Body::Offer(offer))
             }
@@ -398,6 +499,7 @@ impl<'a> Migration<'a> {
                 Ok(())
             }
             Action::Thaw => {
+                self.behind = None;
                 if let Some(mut target) = self.target.take() {
                     let left = target.let_go(&Wait::uncancellable(UNDO_TIME));
                     self.report.left.extend(left);
@@ -406,6 +508,7 @@ impl<'a> Migration<'a> {
             }
             Action::Kill => {
                 self.timeline.enter(Phase::Release);
+                self.behind = None;
                 if let Some(mut target) = self.target.take() {
                     let wait = Wait::uncancellable(UNDO_TIME);
                     let left = target.kill(&self.plan, &self.options.move_addresses, &wait);
@@ -414,7 +517,15 @@ impl<'a> Migration<'a> {
                 Ok(())
             }
             Action::Reconnect => self.reconnect(),
-            Action::Depart | Action::Serve => Ok(()),
+            Action::Depart => {
+                self.timeline.enter(Phase::PostCopy);
+                if let Some(target) = &mut self.target {
+                    let left = target.depart(&self.options.move_addresses);
+                    self.report.left.extend(left);
+                }
+                Ok(())
+            }
+            Action::Serve => self.serve_again(),
         }
     }
 
@@ -427,29 +538,6 @@ impl<'a> Migration<'a> {
         };
         let result = target.freeze(&self.plan, &scope, &wait);
         result.map_err(|e| self.setback(&*e))
-    }
-
-    fn reconnect(&mut self) -> Result<(), Setback> {
-        self.progress.in_doubt(&self.peer);
-        std::thread::sleep(RECONNECT_PAUSE);
-        match self
-            .dialer
-            .command(None, &Wait::uncancellable(RECONNECT_TIME))
-        {
-            Ok(link) => {
-                info!("reconnected");
-                self.link = Some(link);
-                self.on(Event::Reconnected)
-            }
-            Err(error) => {
-                let host = &self.plan.host.name;
-                Err(Setback::Link(Failure::from_error(
-                    host,
-                    Phase::Commit,
-                    &error,
-                )))
-            }
-        }
     }
 
     fn step(&self) -> Wait {

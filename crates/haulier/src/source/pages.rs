@@ -1,81 +1,212 @@
-//! Sending the skeleton and the pages.
+//! The connections that carry the target: images, memory, faults.
 
 use std::error::Error;
+use std::net::IpAddr;
 use std::path::Path;
 use std::thread;
 
-use haulier_criu::skeleton::Skeleton;
-use haulier_images::directory;
+use haulier_criu::skeleton::{Skeleton, Task};
+use haulier_images::directory::ImageCount;
+use haulier_images::sender::ImageSender;
 use haulier_memory::page::PageRange;
-use haulier_memory::stream::{self, TaskPages};
+use haulier_memory::ranges::RangeSet;
+use haulier_memory::stream::{PageSender, RoundStats, StreamError, StreamOptions, TaskPages};
 use haulier_proto::message::Role;
 use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
 use haulier_transport::wait::Wait;
 
 use super::link::Dialer;
-use crate::report::Sent;
+use super::plan::Options;
 
-type AnyError = Box<dyn Error + Send + Sync>;
+pub(super) type AnyError = Box<dyn Error + Send + Sync>;
+
+/// Most memory connections that are opened unasked: more gain nothing on links that haulier was
+/// tried on.
+const MOST_STREAMS: usize = 4;
+/// Links up to this speed, in Mbit/s, are filled by one connection.
+const SLOW_LINK: u32 = 1000;
+/// Most that is sent ahead of memory which CRIU dumps itself: unless it changes all the time, the
+/// target's own size bounds it.
+const MOST_AHEAD: u64 = 64 << 30;
 
 /// The connections that carry the target.
 #[derive(Debug)]
-pub(crate) struct Streams {
-    images: Channel,
-    memory: Vec<Channel>,
+pub(super) struct Streams {
+    pub(super) images: ImageSender,
+    memory: Memory,
+    /// For pages that are left behind.
+    pub(super) faults: Option<Channel>,
+    rounds: u32,
+    /// Pages of all rounds.
+    pages: u64,
+}
+
+#[derive(Debug)]
+enum Memory {
+    /// Rounds may follow.
+    Open(Box<PageSender>),
+    /// No round follows; the connections are free for the push.
+    Finished(Vec<Channel>),
 }
 
 impl Streams {
     /// Opens them: before the freeze, so that no handshake falls into it.
-    pub(crate) fn open(
+    pub(super) fn open(
         dialer: &Dialer,
-        memory: u32,
+        options: &Options,
+        streams: u32,
+        faults: bool,
         wait: &Wait,
-    ) -> Result<Streams, TransportError> {
+    ) -> Result<Streams, AnyError> {
         let (images, _) = dialer.open(Role::Images, 0, wait)?;
-        let memory = (0..memory)
-            .map(|index| Ok(dialer.open(Role::Memory, index, wait)?.0))
-            .collect::<Result<_, TransportError>>()?;
-        Ok(Streams { images, memory })
+        let memory = open_memory(dialer, streams, wait)?;
+        let faults = match faults {
+            true => Some(dialer.open(Role::Faults, 0, wait)?.0),
+            false => None,
+        };
+        let stream_options = StreamOptions {
+            compression: options.compression,
+            bandwidth: options.bandwidth,
+            ..StreamOptions::default()
+        };
+        Ok(Streams {
+            images: ImageSender::new(images, MOST_AHEAD),
+            memory: Memory::Open(Box::new(PageSender::new(memory, stream_options)?)),
+            faults,
+            rounds: 0,
+            pages: 0,
+        })
     }
 
-    /// Sends the images in `directory`, and at the same time the pages that they leave out, read
-    /// from the frozen tasks.
-    pub(crate) fn send(
-        mut self,
-        directory: &Path,
-        skeleton: &Skeleton,
+    /// Sends a round: what is gone, and pages.
+    pub(super) fn send_round(
+        &mut self,
+        tasks: Vec<TaskPages>,
+        discard: &[(u32, Vec<PageRange>)],
+        running: bool,
         wait: &Wait,
-    ) -> Result<Sent, AnyError> {
-        let tasks = skeleton.tasks.iter().map(task_pages).collect();
+    ) -> Result<RoundStats, StreamError> {
+        let round = self.rounds;
+        let Memory::Open(sender) = &mut self.memory else {
+            return Err(StreamError::NoChannel);
+        };
+        let stats = sender.send_round(tasks, discard, round, running, wait)?;
+        self.rounds += 1;
+        self.pages += stats.pages;
+        Ok(stats)
+    }
+
+    /// Sends memory as fast as it goes: its users wait now.
+    pub(super) fn lift_bandwidth_limit(&mut self) {
+        if let Memory::Open(sender) = &mut self.memory {
+            sender.set_bandwidth(None);
+        }
+    }
+
+    /// Sends the images in `directory`, and at the same time the last round of pages, read from the
+    /// frozen tasks.
+    pub(super) fn send_last(
+        &mut self,
+        directory: &Path,
+        tasks: Vec<TaskPages>,
+        discard: &[(u32, Vec<PageRange>)],
+        wait: &Wait,
+    ) -> Result<(ImageCount, RoundStats), AnyError> {
+        let round = self.rounds;
+        let Memory::Open(mut sender) = std::mem::replace(&mut self.memory, Memory::none()) else {
+            return Err(StreamError::NoChannel.into());
+        };
+        let images = &mut self.images;
         let (images, memory) = thread::scope(|scope| {
-            let images = scope.spawn(|| directory::send(directory, &mut self.images, wait));
-            let memory = stream::send_pages(self.memory, tasks, wait);
+            let images = scope.spawn(|| images.send_directory(directory, wait));
+            let memory = sender.send_round(tasks, discard, round, false, wait);
             (images.join(), memory)
         });
         let images = images.map_err(|_| "the sender of images panicked")??;
-        let memory = memory?;
-        Ok(Sent {
-            images: images.images,
-            image_bytes: images.bytes,
-            pages: memory.pages,
-            zero_pages: memory.zero_pages,
-            memory_wire_bytes: memory.bytes_on_wire,
-        })
+        let stats = memory?;
+        self.memory = Memory::Finished(sender.finish(wait)?);
+        self.rounds += 1;
+        self.pages += stats.pages;
+        Ok((images, stats))
+    }
+
+    /// Rounds sent so far.
+    pub(super) fn rounds(&self) -> u32 {
+        self.rounds
+    }
+
+    /// Pages of them.
+    pub(super) fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The memory connections, once no round follows.
+    pub(super) fn take_memory(&mut self) -> Vec<Channel> {
+        match std::mem::replace(&mut self.memory, Memory::none()) {
+            Memory::Finished(channels) => channels,
+            Memory::Open(_) => Vec::new(),
+        }
     }
 }
 
-fn task_pages(task: &haulier_criu::skeleton::Task) -> TaskPages {
-    TaskPages {
-        pid: task.pid as i32,
-        task: task.pid,
-        ranges: task
-            .lazy
-            .iter()
-            .map(|range| PageRange {
+impl Memory {
+    fn none() -> Memory {
+        Memory::Finished(Vec::new())
+    }
+}
+
+/// Opens memory connections.
+pub(super) fn open_memory(
+    dialer: &Dialer,
+    streams: u32,
+    wait: &Wait,
+) -> Result<Vec<Channel>, TransportError> {
+    (0..streams)
+        .map(|index| Ok(dialer.open(Role::Memory, index, wait)?.0))
+        .collect()
+}
+
+/// How many memory connections suit the link that `local`, an address of this host, is on.
+pub(super) fn suitable_streams(local: Option<IpAddr>) -> u32 {
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    match local.and_then(link_speed) {
+        Some(speed) if speed <= SLOW_LINK => 1,
+        _ => processors.min(MOST_STREAMS) as u32,
+    }
+}
+
+/// What the interface with this address says of itself, in Mbit/s; virtual ones say little.
+fn link_speed(local: IpAddr) -> Option<u32> {
+    let addresses = haulier_targets::network::addresses().ok()?;
+    let found = addresses.into_iter().find(|address| address.ip == local)?;
+    let path = Path::new("/sys/class/net")
+        .join(found.interface)
+        .join("speed");
+    let speed = std::fs::read_to_string(path).ok()?;
+    speed.trim().parse().ok().filter(|speed| *speed > 0)
+}
+
+/// What CRIU left out of its images, by task.
+pub(super) fn lazy_pages(skeleton: &Skeleton) -> Vec<(u32, RangeSet)> {
+    let lazy = |task: &Task| {
+        let mut set = RangeSet::new();
+        for range in &task.lazy {
+            set.insert(PageRange {
                 start: range.start,
                 pages: range.pages,
-            })
-            .collect(),
+            });
+        }
+        (task.pid, set)
+    };
+    skeleton.tasks.iter().map(lazy).collect()
+}
+
+/// Pages of a task of this host's PID namespace, where a task has the same number everywhere.
+pub(super) fn task_pages(task: u32, ranges: Vec<PageRange>) -> TaskPages {
+    TaskPages {
+        pid: task as i32,
+        task,
+        ranges,
     }
 }

@@ -4,7 +4,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use haulier_criu::Criu;
+use haulier_engine::convergence::{Mode, Policy};
 use haulier_engine::phase::Phase;
+use haulier_memory::stream::Compression;
+use haulier_memory::tracker::{self, TrackerChoice, TrackerKind};
 use haulier_proto::message::Requirements;
 use haulier_targets::cgroup::CgroupFs;
 use haulier_targets::files;
@@ -12,7 +15,10 @@ use haulier_targets::host::{self, Host};
 use haulier_targets::network::{self, Connection, MoveIp};
 use haulier_targets::process::ProcessTree;
 
+use tracing::warn;
+
 use crate::failure::Failure;
+use crate::journal;
 
 /// The architecture that haulier is made for: pages of 4 KiB are assumed throughout.
 const ARCHITECTURE: &str = "x86_64";
@@ -28,8 +34,18 @@ pub struct Options {
     pub move_addresses: Vec<MoveIp>,
     /// The CRIU to use, if it is to be a certain one.
     pub criu: Option<PathBuf>,
-    /// Number of memory connections.
-    pub streams: u32,
+    /// When pages are sent.
+    pub mode: Mode,
+    /// When the rounds end.
+    pub policy: Policy,
+    /// How written pages are found.
+    pub tracker: TrackerChoice,
+    /// Number of memory connections; `None` lets the link decide.
+    pub streams: Option<u32>,
+    /// How pages are compressed.
+    pub compression: Compression,
+    /// Most bytes a second for memory, over all connections, before the freeze.
+    pub bandwidth: Option<u64>,
     /// How long a single step may take: connecting, checking, the dump, the restore.
     pub step_time: Duration,
     /// How long to keep asking for an answer to the commit before giving up, frozen.
@@ -47,6 +63,10 @@ pub(crate) struct Plan {
     pub(crate) tree: ProcessTree,
     pub(crate) connections: Vec<Connection>,
     pub(crate) memory_bytes: u64,
+    /// What the kernel has to find written pages.
+    pub(crate) tracker: Option<TrackerKind>,
+    /// What that allows of the mode that was asked for.
+    pub(crate) mode: Mode,
 }
 
 impl Plan {
@@ -91,6 +111,8 @@ impl Plan {
         let connections = movable_connections(&tree, options, &name)?;
         check_addresses(options, &name)?;
         let memory_bytes = tree.memory_bytes();
+        let (tracker, mode) = tracker_and_mode(options, &name)?;
+        refuse_arriving(&tree, &cgroups, &name)?;
         Ok(Plan {
             host,
             criu,
@@ -98,6 +120,8 @@ impl Plan {
             tree,
             connections,
             memory_bytes,
+            tracker,
+            mode,
         })
     }
 
@@ -146,6 +170,40 @@ impl Plan {
             shell_job: self.tree.session_is_outside(),
         })
     }
+}
+
+/// Rounds need a tracker: without one, pre-copy is stop-and-copy and hybrid is post-copy.
+fn tracker_and_mode(options: &Options, host: &str) -> Result<(Option<TrackerKind>, Mode), Failure> {
+    let without = match options.mode {
+        Mode::PreCopy => Mode::StopAndCopy,
+        Mode::Hybrid => Mode::PostCopy,
+        mode => return Ok((None, mode)),
+    };
+    match tracker::choose(options.tracker) {
+        Ok(Some(kind)) => Ok((Some(kind), options.mode)),
+        Ok(None) => Ok((None, without)),
+        Err(error) if options.tracker == TrackerChoice::Auto => {
+            warn!(%error, "{without} instead of {}: no tracker", options.mode);
+            Ok((None, without))
+        }
+        Err(error) => Err(Failure::from_error(host, Phase::Examine, &error)
+            .remedy("choose --tracker auto, or a --mode without rounds")),
+    }
+}
+
+/// A target that is still getting its own pages cannot be moved on.
+fn refuse_arriving(tree: &ProcessTree, cgroups: &CgroupFs, host: &str) -> Result<(), Failure> {
+    for pid in tree.pids() {
+        let Ok(group) = cgroups.of(pid) else { continue };
+        let names = group.path().iter().filter_map(|name| name.to_str());
+        let mut homes = names.filter_map(|name| name.parse().ok());
+        if homes.any(journal::is_under_way) {
+            let what = format!("pages of process {pid} are still arriving from another host");
+            return Err(Failure::new(host, Phase::Examine, what)
+                .remedy("try again when that migration has come to its end"));
+        }
+    }
+    Ok(())
 }
 
 fn cannot_be_moved(host: &str, obstacles: &[(String, String)]) -> Failure {

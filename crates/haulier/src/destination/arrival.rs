@@ -1,0 +1,259 @@
+//! After the commit: the target runs, and its pages find their places.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use haulier_engine::destination::{Destination, Event};
+use haulier_engine::phase::Phase;
+use haulier_memory::lazy::LazyError;
+use haulier_memory::ranges::RangeSet;
+use haulier_proto::id::MigrationId;
+use haulier_proto::message::{Complete, Missing, MissingPages, PUSH_ROUND, Resumed, Role, control};
+use haulier_sys::wait::Wait;
+use haulier_transport::channel::Channel;
+use tracing::{info, warn};
+
+use crate::commands::Incoming;
+use crate::destination::Shared;
+use crate::destination::hold::Hold;
+use crate::destination::link::Link;
+use crate::destination::registry::Stream;
+use crate::destination::session::Session;
+use crate::failure::Failure;
+use crate::journal::{self, Decision};
+
+/// How long a thaw that fails is tried again and again.
+const THAW_PAUSE: Duration = Duration::from_millis(100);
+/// How long a source that asks again waits for a decision.
+const DECISION_TIME: Duration = Duration::from_secs(30);
+/// How often everything is looked at while pages arrive.
+const LOOK: Duration = Duration::from_millis(20);
+/// How often a source that does not come back is complained about.
+const COMPLAINT: Duration = Duration::from_secs(60);
+/// How long the source's farewell is awaited once all is done.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Answers a source that has connected again to hear what became of its commit, or to bring pages
+/// that are missing.
+pub(crate) fn answer_again(shared: &Shared, channel: Channel, id: MigrationId) {
+    let deadline = Instant::now() + DECISION_TIME;
+    let mut channel = channel;
+    while shared.registry.is_running(id) && Instant::now() < deadline {
+        match shared.registry.rejoin(id, channel) {
+            None => return,
+            Some(back) => channel = back,
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    let wait = Wait::uncancellable(DECISION_TIME);
+    let rejoin = match channel.receive_control("a commit", &wait) {
+        Ok(control::Body::Commit(_)) => false,
+        Ok(control::Body::Rejoin(_)) => true,
+        Ok(other) => return info!(message = other.name(), "not a question about a commit"),
+        Err(error) => return info!(%error, "asked about a commit"),
+    };
+    let running = shared.registry.is_running(id);
+    let answer = match journal::decision(id) {
+        // Asked for what it has to bring, a host that has everything says so.
+        Ok(Some(Decision::Committed)) if !running && rejoin => {
+            control::Body::Complete(Complete::default())
+        }
+        Ok(Some(Decision::Committed)) if !running => control::Body::Resumed(Resumed {
+            pid: 0,
+            phases: Vec::new(),
+        }),
+        Ok(Some(Decision::Refused | Decision::Open)) if !running => {
+            let host = &shared.host.name;
+            let what = "the connection broke before the commit arrived";
+            control::Body::Failed((&Failure::new(host, Phase::Commit, what)).into())
+        }
+        // Undecided, or not to be read: no answer is the only one that is surely right.
+        _ => return,
+    };
+    let _ = channel.send_control(answer, &wait);
+}
+
+/// Whether there is more to wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Filled {
+    NotYet,
+    Yes,
+    /// Never: the target is gone with what it lacked.
+    Lost,
+}
+
+impl Session<'_> {
+    /// The target is this host's: it has to run, whatever else fails, and to get all of its pages.
+    pub(super) fn arrive(&mut self) {
+        while matches!(self.machine, Destination::Owner(_)) {
+            if self.on(Event::Failed).is_err() {
+                thread::sleep(THAW_PAUSE);
+            }
+        }
+        info!("the target runs here");
+        self.shared.registry.settle(self.id);
+        match self.fill() {
+            Filled::Lost => {}
+            Filled::NotYet | Filled::Yes => {
+                info!("its memory is complete");
+                let _ = self.on(Event::Filled);
+            }
+        }
+        self.say_farewell();
+        self.hold = None;
+    }
+
+    /// Takes in pages, and the source whenever it comes back, until nothing is missing.
+    fn fill(&mut self) -> Filled {
+        let mut complained = Instant::now();
+        let mut restarts = 0;
+        loop {
+            match self.filled() {
+                Filled::NotYet => {}
+                end => return end,
+            }
+            while let Some(incoming) = self.heard() {
+                self.hear(incoming, &mut restarts);
+            }
+            match self.streams.recv_timeout(LOOK) {
+                Ok(stream) => self.meet(stream, restarts),
+                // The registry has let go of the migration: it is not used like that.
+                Err(_) if self.link.is_some() => {}
+                Err(_) if complained.elapsed() > COMPLAINT => {
+                    complained = Instant::now();
+                    warn!(
+                        pages = self.hold.as_ref().map_or(0, Hold::missing_pages),
+                        "the target lacks pages, and the source has not come back"
+                    );
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn filled(&mut self) -> Filled {
+        self.seal_when_pushed();
+        let Some(memory) = self.hold.as_ref().and_then(Hold::memory) else {
+            return Filled::Yes;
+        };
+        match memory.wait_filled(Instant::now() + LOOK) {
+            Ok(stats) => {
+                self.filled = Some(stats);
+                Filled::Yes
+            }
+            Err(LazyError::Deadline { .. }) => Filled::NotYet,
+            Err(error) => {
+                // Better gone than with zeros where its memory was.
+                warn!(%error, "the memory of the target cannot be completed: it is killed");
+                if let Some(mut hold) = self.hold.take() {
+                    for left in hold.undo() {
+                        warn!("{left}");
+                    }
+                }
+                Filled::Lost
+            }
+        }
+    }
+
+    /// With everything here that was left behind, what is absent is not awaited any more.
+    fn seal_when_pushed(&mut self) {
+        if self.left_behind == 0 {
+            return;
+        }
+        let pushed = self.link.as_ref().map(|link| link.receivers.pushed());
+        let trouble = match pushed {
+            None | Some(Ok(false)) => return,
+            Some(Ok(true)) => match self.hold.as_ref().map_or(0, Hold::missing_pages) {
+                0 => {
+                    self.left_behind = 0;
+                    return self.store.seal();
+                }
+                missing => format!("the source sent all but {missing} pages"),
+            },
+            Some(Err(error)) => error,
+        };
+        // The source notices, comes back, and is told what is missing.
+        warn!(error = trouble, "the target waits for its pages");
+        self.link = None;
+    }
+
+    fn hear(&mut self, incoming: Incoming, restarts: &mut u32) {
+        match incoming {
+            Incoming::Message(control::Body::Commit(_)) => {
+                let _ = self.on(Event::Commit);
+            }
+            Incoming::Message(control::Body::Rejoin(_)) => {
+                *restarts += 1;
+                let missing = self.missing(PUSH_ROUND + *restarts);
+                let _ = self.tell(control::Body::Missing(missing));
+            }
+            Incoming::Message(other) => info!(message = other.name(), "not expected any more"),
+            Incoming::Lost(error) => {
+                if self.left_behind > 0 {
+                    warn!(%error, "the connection to the source broke; the target waits for pages");
+                }
+                self.link = None;
+            }
+        }
+    }
+
+    /// A connection of a source that has come back.
+    fn meet(&mut self, stream: Stream, restarts: u32) {
+        match stream.role {
+            Role::Command => match Link::new(stream.channel) {
+                Ok(link) => {
+                    info!("the source is back");
+                    self.link = Some(link);
+                }
+                Err(error) => warn!(%error, "the source's new connection"),
+            },
+            Role::Memory => {
+                let (round, store) = (PUSH_ROUND + restarts, Arc::clone(&self.store));
+                if let Some(link) = &mut self.link {
+                    link.receivers.add_push(stream.channel, round, &store);
+                }
+            }
+            Role::Faults => {
+                let (round, faults) = (PUSH_ROUND + restarts, Arc::clone(&self.faults));
+                if let Some(link) = &mut self.link {
+                    link.receivers.add_faults(stream.channel, round, &faults);
+                }
+            }
+            Role::Unset | Role::Images | Role::Packets => {}
+        }
+    }
+
+    fn missing(&self, round: u32) -> Missing {
+        let memory = self.hold.as_ref().and_then(Hold::memory);
+        let pages = |(task, set): (u32, RangeSet)| MissingPages {
+            task,
+            starts: set.iter().map(|range| range.start / 4096).collect(),
+            lengths: set.iter().map(|range| range.pages).collect(),
+        };
+        Missing {
+            tasks: memory.map_or_else(Vec::new, |memory| {
+                memory.missing().into_iter().map(pages).collect()
+            }),
+            round,
+        }
+    }
+
+    /// A source that did not hear it asks again, over this connection or a new one.
+    fn say_farewell(&mut self) {
+        let deadline = Instant::now() + FAREWELL;
+        while Instant::now() < deadline {
+            let Some(link) = &self.link else {
+                return;
+            };
+            match link.incoming.recv_timeout(LOOK) {
+                Ok(Incoming::Message(control::Body::Commit(_))) => {
+                    let _ = self.on(Event::Commit);
+                }
+                Ok(Incoming::Message(_)) => {}
+                Ok(Incoming::Lost(_)) => return,
+                Err(_) => {}
+            }
+        }
+    }
+}

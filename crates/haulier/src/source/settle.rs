@@ -1,0 +1,252 @@
+//! From the commit on: only the destination's answers lead on, over whatever connection.
+
+use std::time::{Duration, Instant};
+
+use haulier_engine::phase::Phase;
+use haulier_engine::source::{Event, Source};
+use haulier_proto::message::{Missing, Rejoin, Role, control};
+use haulier_transport::wait::Wait;
+use tracing::{debug, info, warn};
+
+use super::behind::Serving;
+use super::pages::open_memory;
+use super::{Migration, Outcome, Setback};
+use crate::commands::Incoming;
+use crate::failure::Failure;
+
+/// How long one attempt to reach the destination again may take.
+const RECONNECT_TIME: Duration = Duration::from_secs(5);
+/// Pause between such attempts.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(500);
+/// How often everything is looked at.
+const LOOK: Duration = Duration::from_millis(20);
+
+impl Migration<'_> {
+    /// Waits for the end, and asks for it again and again.
+    pub(super) fn settle(mut self) -> Outcome {
+        let deadline = Instant::now() + self.options.doubt_time;
+        let mut reason = None;
+        loop {
+            if let Some(event) = self.next_event(&mut reason) {
+                // Nothing here may end the migration but the answer: errors are only noted.
+                let result = self.on(event);
+                if self.machine.is_final() {
+                    return self.finish(reason);
+                }
+                if let Err(
+                    Setback::Here(failure) | Setback::There(failure) | Setback::Link(failure),
+                ) = result
+                {
+                    debug!(%failure, "after the commit");
+                    reason = Some(failure);
+                }
+            }
+            if matches!(self.machine, Source::Serving(_)) {
+                if let Some(failure) = self.watch_serving() {
+                    return self.give_up_asking(Some(failure));
+                }
+            } else if Instant::now() > deadline {
+                return self.give_up_asking(reason);
+            }
+        }
+    }
+
+    /// What the destination says, or that it cannot be heard.
+    fn next_event(&mut self, reason: &mut Option<Failure>) -> Option<Event> {
+        let Some(link) = &self.link else {
+            // An attempt to reconnect failed.
+            return Some(Event::Disconnected);
+        };
+        match link.receive(LOOK)? {
+            Incoming::Message(control::Body::Resumed(resumed)) => {
+                // An answer that was repeated says less.
+                if resumed.pid > 0 {
+                    self.report.pid = resumed.pid;
+                }
+                self.report.there(&resumed.phases);
+                Some(Event::Resumed)
+            }
+            Incoming::Message(control::Body::Complete(complete)) => {
+                self.report.faults(complete.faults.as_ref());
+                if let Some(behind) = &mut self.behind {
+                    self.report.post_copy(behind.totals());
+                }
+                Some(Event::Complete)
+            }
+            Incoming::Message(control::Body::Failed(failure)) => {
+                *reason = Some(Failure::from(failure));
+                Some(Event::Refused)
+            }
+            Incoming::Message(other) => {
+                debug!(message = other.name(), "ignored after the commit");
+                None
+            }
+            Incoming::Lost(error) => {
+                let host = &self.plan.host.name;
+                *reason = Some(Failure::from_error(host, self.timeline.phase(), &error));
+                self.link = None;
+                Some(Event::Disconnected)
+            }
+        }
+    }
+
+    /// Looks after the serving of pages. A failure is the end of it.
+    fn watch_serving(&mut self) -> Option<Failure> {
+        let behind = self.behind.as_mut()?;
+        match behind.look() {
+            Serving::Going | Serving::Over => None,
+            Serving::Broken(error) => {
+                // A connection that broke alone: all of them are made anew.
+                if self.link.take().is_some() {
+                    let reason = error.map_or_else(String::new, |error| error.to_string());
+                    warn!(reason, "the link broke while pages were sent");
+                }
+                None
+            }
+            Serving::Lost(error) => {
+                let host = &self.plan.host.name;
+                let failure = Failure::from_error(host, Phase::PostCopy, &error);
+                Some(failure.remedy("end it at the destination: it waits for pages that are gone"))
+            }
+        }
+    }
+
+    /// Serves what is missing at the destination, over new connections.
+    pub(super) fn serve_again(&mut self) -> Result<(), Setback> {
+        // What began before the commit goes on until a connection breaks.
+        if self.behind.is_none() || !std::mem::replace(&mut self.rejoins, true) {
+            return Ok(());
+        }
+        let streams = self.memory_streams;
+        self.tell(control::Body::Rejoin(Rejoin {
+            memory_streams: streams,
+        }))?;
+        let Some(missing) = self.await_missing()? else {
+            return Ok(());
+        };
+        let wait = Wait::uncancellable(RECONNECT_TIME);
+        let memory = open_memory(&self.dialer, streams, &wait);
+        let memory = memory.map_err(|e| self.setback(&e))?;
+        let faults = self.dialer.open(Role::Faults, 0, &wait);
+        let (faults, _) = faults.map_err(|e| self.setback(&e))?;
+        let Some(behind) = &mut self.behind else {
+            return Ok(());
+        };
+        let resumed = behind.resume(&missing);
+        let remaining = behind.remaining();
+        let started = resumed.map(|()| behind.start(faults, memory, missing.round));
+        match started {
+            Err(error) => Err(self.setback(&error)),
+            Ok(Err(error)) => Err(self.setback(&error)),
+            Ok(Ok(())) => {
+                info!(pages = remaining, "serving again");
+                Ok(())
+            }
+        }
+    }
+
+    /// What the destination lacks; `None` if that is nothing.
+    fn await_missing(&mut self) -> Result<Option<Missing>, Setback> {
+        let deadline = Instant::now() + RECONNECT_TIME;
+        while Instant::now() < deadline {
+            let Some(link) = &self.link else { break };
+            match link.receive(LOOK) {
+                Some(Incoming::Message(control::Body::Missing(missing))) => {
+                    return Ok(Some(missing));
+                }
+                Some(Incoming::Message(control::Body::Complete(complete))) => {
+                    self.report.faults(complete.faults.as_ref());
+                    self.on(Event::Complete)?;
+                    return Ok(None);
+                }
+                Some(Incoming::Message(_)) | None => {}
+                Some(Incoming::Lost(_)) => break,
+            }
+        }
+        self.link = None;
+        let what = "the destination did not say which pages it lacks";
+        let host = &self.plan.host.name;
+        Err(Setback::Link(Failure::new(host, Phase::PostCopy, what)))
+    }
+
+    pub(super) fn reconnect(&mut self) -> Result<(), Setback> {
+        self.progress.in_doubt(&self.peer);
+        std::thread::sleep(RECONNECT_PAUSE);
+        match self
+            .dialer
+            .command(None, &Wait::uncancellable(RECONNECT_TIME))
+        {
+            Ok(link) => {
+                info!("reconnected");
+                self.link = Some(link);
+                self.on(Event::Reconnected)
+            }
+            Err(error) => {
+                let host = &self.plan.host.name;
+                let phase = self.timeline.phase();
+                Err(Setback::Link(Failure::from_error(host, phase, &error)))
+            }
+        }
+    }
+
+    /// Waits until the destination has placed every page, which may take a moment after the target
+    /// runs: whoever moves it on at once would be refused.
+    fn await_complete(&mut self) {
+        let deadline = Instant::now() + self.options.step_time;
+        while self.report.faults.is_none() && Instant::now() < deadline {
+            let Some(link) = &self.link else { return };
+            match link.receive(LOOK) {
+                Some(Incoming::Message(control::Body::Complete(complete))) => {
+                    return self.report.faults(complete.faults.as_ref());
+                }
+                Some(Incoming::Lost(error)) => {
+                    return debug!(%error, "not told that every page is placed");
+                }
+                Some(Incoming::Message(_)) | None => {}
+            }
+        }
+    }
+
+    /// Moved, or refused after the commit was sent.
+    fn finish(mut self, reason: Option<Failure>) -> Outcome {
+        if matches!(self.machine, Source::Released(_)) {
+            self.await_complete();
+        }
+        self.timeline.finish();
+        self.link = None;
+        // What could not be removed now, the next haulier on this host tries again by the journal.
+        if let Some(journal) = self.journal.take().filter(|_| self.report.left.is_empty()) {
+            journal.remove();
+        }
+        if matches!(self.machine, Source::RolledBack(_)) {
+            let host = &self.plan.host.name;
+            let failure = reason
+                .unwrap_or_else(|| Failure::new(host, Phase::Commit, "the destination refused"));
+            return Outcome::RolledBack {
+                failure,
+                left: self.report.left,
+            };
+        }
+        self.report.close(&self.timeline);
+        Outcome::Moved(Box::new(self.report))
+    }
+
+    fn give_up_asking(mut self, reason: Option<Failure>) -> Outcome {
+        self.behind = None;
+        if let Some(target) = self.target.take() {
+            target.keep();
+        }
+        let host = &self.plan.host.name;
+        let failure = reason.unwrap_or_else(|| {
+            Failure::new(
+                host,
+                Phase::Commit,
+                "the destination did not answer the commit",
+            )
+        });
+        Outcome::InDoubt {
+            id: self.dialer.migration,
+            failure,
+        }
+    }
+}
