@@ -69,8 +69,9 @@ impl Told<'_> {
     }
 
     /// Bytes of memory that were written again after they had been sent: what each round found,
-    /// which is what the next, the frozen phase or the push had to send.
+    /// which is what the next, the frozen phase or the push had to send. `None` without rounds.
     pub(crate) fn rewritten(&self) -> Option<f64> {
+        self.round_count()?;
         let found = self
             .rounds()
             .iter()
@@ -151,6 +152,7 @@ mod tests {
         let told = Told(&report);
         assert_eq!(told.bulk_rate(), Some(1_048_576.0));
         assert_eq!(told.round_count(), None);
+        assert_eq!(told.rewritten(), None);
         assert_eq!(told.rounds_ms(), None);
         assert_eq!(told.fault_us("histogram", 0.5), None);
     }

@@ -136,7 +136,8 @@ fn figures(
         told.fault_us("remote_histogram", 0.99),
     );
     put_phases(run, &told);
-    if let (Contender::Haulier(_), Some(rewritten)) = (contender, told.rewritten()) {
+    if let Contender::Haulier(_) = contender {
+        let rewritten = told.rewritten().unwrap_or(0.0);
         run.put("rewritten_mib", rewritten / f64::from(1 << 20));
         run.put("wire_ratio", wire as f64 / (memory as f64 + rewritten));
     }
