@@ -17,7 +17,7 @@ use super::super::push::Window;
 use super::{PageServer, ServeError, ServeOptions, ServeStats};
 use crate::page::PageRange;
 use crate::reader::Chunk;
-use crate::stream::{FrameSender, StreamError};
+use crate::stream::{FrameSender, StreamError, StreamOptions};
 use crate::wait::Wait;
 
 /// The push pauses no longer for answers that do not end: they bring pages too, but not all.
@@ -257,9 +257,14 @@ pub(super) struct Lane {
 
 impl Lane {
     pub(super) fn new(run: &Run<'_>, channel: &Channel) -> Self {
+        // The limit is one for all channels, and kept here.
+        let options = StreamOptions {
+            bandwidth: None,
+            ..run.options.stream.clone()
+        };
         Self {
             window: Window::new(channel),
-            frames: FrameSender::new(&run.options.stream),
+            frames: FrameSender::new(&options),
             chunk: Chunk::default(),
             ranges: Vec::new(),
             stats: ServeStats::default(),
