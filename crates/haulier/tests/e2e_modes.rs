@@ -62,20 +62,21 @@ in_every_mode! {
 }
 
 fn a_process_that_forks_all_the_time(mode: Mode) {
-    one_program("forks", &[], mode);
+    // Most of its pages are duplicates of its parent's, which cost little.
+    one_program("forks", &[], mode, "8MiB");
 }
 
 fn sixty_four_writing_threads(mode: Mode) {
-    one_program("writers", &[], mode);
+    one_program("writers", &[], mode, "40MiB");
 }
 
 fn ten_thousand_areas(mode: Mode) {
-    one_program("areas", &[], mode);
+    one_program("areas", &[], mode, "60MiB");
 }
 
 fn memory_that_changes_without_a_write(mode: Mode) {
     // CRIU dumps SysV segments only together with the namespace they are in.
-    one_program("shared", &["unshare", "--ipc"], mode);
+    one_program("shared", &["unshare", "--ipc"], mode, "10MiB");
 }
 
 /// Several at once, the first of which does little but map, unmap and move.
@@ -97,7 +98,7 @@ fn random_programs(mode: Mode) {
         }
         let root = start(stage.host(1), &["sh", "-c", &(line + "wait")]).pid();
         let folders: Vec<&Path> = folders.iter().map(AsRef::as_ref).collect();
-        all_move_and_return(&stage, root, &folders, &mode.slow_options());
+        all_move_and_return(&stage, root, &folders, &mode.slow_options("60MiB"));
     }
 }
 
@@ -158,7 +159,7 @@ fn nine_tenths_of_the_allowance(mode: Mode) {
     let memory = memory_of(stage.host(1), workload.pid());
     let allowance = memory * 10 / 9;
     drop(stage.serve_with(2, &["--max-memory", &allowance.to_string()]));
-    tree_moves(&stage, 1, workload.pid(), 2, &mode.slow_options());
+    tree_moves(&stage, 1, workload.pid(), 2, &mode.slow_options("60MiB"));
     goes_on(&path);
     stage.host(2).signal(workload.pid(), Signal::TERM).unwrap();
     stage.host(2).wait_gone(workload.pid(), LONG).unwrap();
@@ -244,16 +245,22 @@ fn open_loop_clients_lose_nothing(mode: Mode) {
     assert!(stage.host(1).process_alive(root));
 }
 
-/// Moves a C program of `programs` there and back.
+/// Moves a C program of `programs` there and back, in rounds if the mode has any.
 #[track_caller]
-fn one_program(name: &str, before: &[&str], mode: Mode) {
+fn one_program(name: &str, before: &[&str], mode: Mode, bandwidth: &'static str) {
     let (stage, folder) = (two_hosts(HAULIER), shared_folder());
     let Some(binary) = compiled(name, folder.path(), &[]) else {
         return;
     };
     let own = [&*binary, folder.path()].map(|path| path.to_str().unwrap());
     let argv = [before, &own].concat();
-    stage::play::moves_and_returns(&stage, &argv, folder.path(), &mode.slow_options());
+    let options = mode.slow_options(bandwidth);
+    let reports = stage::play::moves_and_returns(&stage, &argv, folder.path(), &options);
+    for report in reports {
+        let rounds = report.lines().filter(|line| line.contains(" round "));
+        // Else the test would say nothing about what happens between rounds.
+        assert!(mode != Mode::PreCopy || rounds.count() > 1, "{report}");
+    }
 }
 
 /// A workload of 40 MiB that rewrites and checks it.

@@ -24,10 +24,6 @@ pub enum Mode {
 impl Mode {
     /// The options of `haulier migrate` for it.
     pub fn options(self) -> Vec<&'static str> {
-        // For work on these tests with a haulier that knows no modes.
-        if std::env::var_os("HAULIER_TEST_WITHOUT_MODES").is_some() {
-            return Vec::new();
-        }
         let name = match self {
             Mode::StopAndCopy => "stop-and-copy",
             Mode::PreCopy => "pre-copy",
@@ -38,11 +34,11 @@ impl Mode {
     }
 
     /// The same for a move that is to take several rounds, of which programs notice something:
-    /// a slow link, and no prediction that would end them early.
-    pub fn slow_options(self) -> Vec<&'static str> {
+    /// little bandwidth, and no prediction that would end them early.
+    pub fn slow_options(self, bandwidth: &'static str) -> Vec<&'static str> {
         let mut options = self.options();
-        if !options.is_empty() && self != Mode::StopAndCopy {
-            options.extend(["--bandwidth", "60MiB"]);
+        if self != Mode::StopAndCopy {
+            options.extend(["--bandwidth", bandwidth]);
             if self == Mode::PreCopy {
                 options.extend(["--max-downtime", "2ms", "--max-rounds", "5"]);
                 options.extend(["--on-stall", "force"]);
@@ -121,16 +117,27 @@ pub fn succeeds(command: &mut Command) {
 }
 
 /// Starts a program of `programs` on host 1, moves it to host 2 and back, and has it check itself
-/// after each move. `argv` names it and its folder; `options` are those of the moves.
+/// after each move. `argv` names it and its folder; `options` are those of the moves. Returns what
+/// haulier said of each.
 #[track_caller]
-pub fn moves_and_returns(stage: &Stage, argv: &[&str], folder: &Path, options: &[&str]) {
+pub fn moves_and_returns(
+    stage: &Stage,
+    argv: &[&str],
+    folder: &Path,
+    options: &[&str],
+) -> [String; 2] {
     let root = start(stage.host(1), argv).pid();
-    all_move_and_return(stage, root, &[folder], options);
+    all_move_and_return(stage, root, &[folder], options)
 }
 
 /// The same for a tree that runs, with several such programs in it.
 #[track_caller]
-pub fn all_move_and_return(stage: &Stage, root: i32, folders: &[&Path], options: &[&str]) {
+pub fn all_move_and_return(
+    stage: &Stage,
+    root: i32,
+    folders: &[&Path],
+    options: &[&str],
+) -> [String; 2] {
     let all_say = |text: &str| {
         for folder in folders {
             says(stage, root, folder, text);
@@ -141,19 +148,21 @@ pub fn all_move_and_return(stage: &Stage, root: i32, folders: &[&Path], options:
             fs::write(folder.join(name), "").unwrap();
         }
     };
-    for (turn, (from, to)) in [(1, (1, 2)), (2, (2, 1))] {
+    let reports = [(1, (1, 2)), (2, (2, 1))].map(|(turn, (from, to))| {
         all_say(&format!("ready {turn}"));
-        tree_moves(stage, from, root, to, options);
+        let report = tree_moves(stage, from, root, to, options);
         let seen: Vec<usize> = folders.iter().map(|folder| status(folder).len()).collect();
         for (folder, seen) in folders.iter().zip(seen) {
             eventually("a sign of life", || status(folder).len() > seen + 1);
         }
         tell_all(&format!("go-{turn}"));
         all_say(&format!("good {turn}"));
-    }
+        report
+    });
     tell_all("end");
     all_say("done");
     stage.host(1).wait_gone(root, LONG).unwrap();
+    reports
 }
 
 /// Waits until a program of `programs` says that.
@@ -172,9 +181,9 @@ pub fn says(stage: &Stage, root: i32, folder: &Path, text: &str) {
     });
 }
 
-/// Moves a tree, all of it, and leaves nothing of it, nor of the move.
+/// Moves a tree, all of it, and leaves nothing of it, nor of the move. Returns what haulier said.
 #[track_caller]
-pub fn tree_moves(stage: &Stage, from: usize, root: i32, to: usize, options: &[&str]) {
+pub fn tree_moves(stage: &Stage, from: usize, root: i32, to: usize, options: &[&str]) -> String {
     let said = stage.moved(from, root, to, options);
     eprintln!("host {from} to host {to}:\n{said}");
     let tree = tree_of(stage.host(to), root);
@@ -185,6 +194,7 @@ pub fn tree_moves(stage: &Stage, from: usize, root: i32, to: usize, options: &[&
         .collect();
     assert_eq!(left, Vec::<i32>::new(), "of {tree:?} still on host {from}");
     stage.assert_clean(from, &[]);
+    said
 }
 
 /// What a program has said, without the numbers. They go up one by one: else an offset was lost.
