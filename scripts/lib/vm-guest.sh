@@ -34,9 +34,9 @@ second() {
     mount -t cgroup2 none /sys/fs/cgroup
     hostname guest
     ip link set lo up
-    for module in veth bridge nf_tables nft_ct nft_log nft_queue nfnetlink nfnetlink_log nfnetlink_queue \
-        unix_diag inet_diag tcp_diag udp_diag raw_diag netlink_diag af_packet_diag packet_diag tun sch_tbf sch_netem; do
-        modprobe "$module" 2>/dev/null
+    for module in crc32c_generic veth bridge nf_tables nft_ct nft_log nft_queue nfnetlink nfnetlink_log nfnetlink_queue \
+        unix_diag inet_diag tcp_diag udp_diag raw_diag netlink_diag af_packet_diag tun sch_tbf sch_netem; do
+        modprobe "$module" || say "no module $module"
     done
     say "up after $(cut -d ' ' -f 1 /proc/uptime) s: Linux $(uname -r), $(nproc) CPUs"
     failed=
@@ -52,7 +52,7 @@ second() {
     done </steps
     # On a line of its own, whatever was printed last.
     echo
-    echo "haulier-vm-result: ${failed:-ok}"
+    echo "haulier-vm-result: ${failed:+failed:}${failed:-ok}"
     sync
     poweroff -f
 }
@@ -72,7 +72,7 @@ step_tracker() {
 
 # haulier's report says how pages were found; the program's own says whether its memory is right.
 step_migration() {
-    $lab up --hosts 2
+    $lab up --hosts 2 || { dmesg | tail -n 20; return 1; }
     $lab exec host2 -d -- $haulier serve --listen 10.77.0.2:7000 >/dev/null
     pid=$($lab exec host1 -d -- $lab workload threads --threads 2 --memory 64 --pages-per-second 500 --report /tmp/status)
     wait_for has_lines 10
