@@ -10,11 +10,6 @@ pub mod directories;
 pub mod failure;
 pub mod interrupt;
 pub mod journal;
-#[allow(
-    dead_code,
-    unused_imports,
-    reason = "the sessions do not use it yet"
-)]
 mod packets;
 mod random;
 pub mod recovery;

@@ -10,7 +10,7 @@ mod receive;
 
 pub(crate) use delivery::deliver;
 pub(crate) use forward::{ForwardStats, Forwarder};
-pub(crate) use receive::{PacketReceiver, ReceiveStats};
+pub(crate) use receive::PacketReceiver;
 
 /// Of packets that are kept: as many, and as many bytes. A quarter of a second of 1 Gbit/s is
 /// half of it. The oldest go first.

@@ -90,6 +90,9 @@ fn receive_round(
                         got: sum.pages - before,
                     });
                 }
+                if !end.last {
+                    channel.send_message(Kind::RoundEnd, &end, wait)?;
+                }
                 // The end of all rounds may be said in a round of its own, which has no pages.
                 sum.rounds += u32::from(!end.last || end.pages > 0);
                 return Ok(!end.last);

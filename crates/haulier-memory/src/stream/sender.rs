@@ -76,7 +76,7 @@ impl PageSender {
     /// Sends a round: first, on every channel, that pages older than it are gone (task and ranges),
     /// then the pages of `tasks`. While the tasks are `running`, pages that have vanished are
     /// skipped and counted, and pages may be torn: the caller sends them again in a later round.
-    /// Rounds are numbered from 0 without gaps.
+    /// Rounds are numbered from 0 without gaps. When it returns, the peer has all of it in its store.
     ///
     /// # Errors
     /// The first [`StreamError`] of any channel; the others are shut down then, and no further
@@ -198,9 +198,24 @@ impl Lane {
         pages: u64,
         last: bool,
         wait: &Wait,
-    ) -> Result<(), TransportError> {
+    ) -> Result<(), StreamError> {
         let end = RoundEnd { round, pages, last };
-        self.channel.send_message(Kind::RoundEnd, &end, wait)
+        self.channel.send_message(Kind::RoundEnd, &end, wait)?;
+        if last {
+            return Ok(());
+        }
+        // The kernel takes megabytes that the peer has not seen: without its word neither the rate
+        // would be known, nor what the store has.
+        let taken: RoundEnd =
+            self.channel.receive_message(Kind::RoundEnd, wait)?;
+        match taken == end {
+            true => Ok(()),
+            false => Err(StreamError::Round {
+                peer: self.channel.peer().to_owned(),
+                expected: round,
+                got: taken.round,
+            }),
+        }
     }
 }
 

@@ -23,7 +23,7 @@ pub struct RoundStats {
     pub raw_bytes: u64,
     /// Bytes sent, headers included.
     pub wire_bytes: u64,
-    /// From the start of the round until the last byte was handed to the kernel.
+    /// From the start of the round until the peer had all of it in its store.
     pub elapsed: Duration,
     /// Bytes of contents that were sent uncompressed, with LZ4 and with Zstandard, as they measure
     /// uncompressed.

@@ -1,6 +1,7 @@
 //! The target on its way into this host: what is made for it, and how each of that is undone.
 
 use std::error::Error;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -17,14 +18,18 @@ use haulier_proto::id::MigrationId;
 use haulier_sys::wait::Wait;
 use haulier_targets::cgroup::Cgroup;
 use haulier_targets::network::{
-    self, Announcement, Announcer, ArmedLock, EngagedLock, LockScope, MoveIp,
+    self, Announcement, Announcer, ArmedLock, Capture, EngagedLock, Injector, LockScope, MoveIp,
 };
-use tracing::warn;
+use haulier_transport::channel::Channel;
+use tracing::{info, warn};
 
 use crate::destination::Shared;
 use crate::directories::ImageDirectory;
+use crate::packets::PacketReceiver;
 use crate::timeline::Stopwatch;
 
+/// How long packets may follow; the source's own limit is shorter.
+const PACKETS_TIME: Duration = Duration::from_secs(10);
 /// How long the guard may take to get ready.
 const GUARD_TIME: Duration = Duration::from_secs(10);
 /// How long the way back may take, step by step.
@@ -49,6 +54,9 @@ pub(crate) struct Hold {
     home: Cgroup,
     addresses: Vec<MoveIp>,
     armed: Option<ArmedLock>,
+    /// What this host's own lock drops.
+    capture: Option<Capture>,
+    packets: Option<PacketReceiver>,
     engaged: Option<EngagedLock>,
     added: Vec<MoveIp>,
     announcements: Vec<Announcement>,
@@ -67,10 +75,11 @@ impl Hold {
         addresses: Vec<MoveIp>,
     ) -> Result<Hold, AnyError> {
         let directory = ImageDirectory::create(id, "restore")?;
-        let armed = match addresses.is_empty() {
+        let mut armed = match addresses.is_empty() {
             true => None,
             false => Some(ArmedLock::arm(&id.to_string())?),
         };
+        let capture = armed.as_mut().and_then(|lock| capture_of(id, lock));
         let home = shared.cgroups.create_home(&id.to_string())?;
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("guard").arg(home.path());
@@ -82,6 +91,8 @@ impl Hold {
             home,
             addresses,
             armed,
+            capture,
+            packets: None,
             engaged: None,
             added: Vec::new(),
             announcements: Vec::new(),
@@ -155,6 +166,14 @@ impl Hold {
         Ok(())
     }
 
+    /// Keeps packets that come over this connection until they can be delivered.
+    pub(crate) fn receive_packets(&mut self, channel: Channel) {
+        match PacketReceiver::start(channel, self.capture.take()) {
+            Ok(receiver) => self.packets = Some(receiver),
+            Err(error) => warn!(%error, "packets of the switchover are lost"),
+        }
+    }
+
     /// The restored target's memory, until it is complete.
     pub(crate) fn memory(&self) -> Option<&LazyPagesHandle> {
         self.lazy.as_ref()
@@ -175,6 +194,13 @@ impl Hold {
         if let Some(lock) = &mut self.engaged {
             lock.lift()?;
         }
+        let mut packets = self.packets.take();
+        if let Some(receiver) = &mut packets {
+            let addresses: Vec<IpAddr> = self.addresses.iter().map(MoveIp::ip).collect();
+            if let Err(error) = receiver.release(Injector::open(&addresses)) {
+                warn!(%error, "packets of the switchover are lost");
+            }
+        }
         for announcement in &self.announcements {
             // Neighbours find out by themselves in the end; the target must run.
             if let Err(error) = announcement.send() {
@@ -191,6 +217,10 @@ impl Hold {
             match announcer {
                 Ok(announcer) => announcer.finish(),
                 Err(error) => warn!(%error, "repeating the announcement"),
+            }
+            if let Some(receiver) = packets {
+                let stats = receiver.finish(PACKETS_TIME);
+                info!(?stats, "packets delivered");
             }
         });
         Ok(())
@@ -264,6 +294,19 @@ impl Drop for Hold {
             for left in self.undo() {
                 warn!("{left}");
             }
+        }
+    }
+}
+
+fn capture_of(id: MigrationId, lock: &mut ArmedLock) -> Option<Capture> {
+    match Capture::open(&id.to_string()) {
+        Ok(capture) => {
+            lock.capture_to(&capture);
+            Some(capture)
+        }
+        Err(error) => {
+            warn!(%error, "packets that come here too early will be lost");
+            None
         }
     }
 }

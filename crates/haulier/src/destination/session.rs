@@ -181,9 +181,9 @@ impl<'a> Session<'a> {
         let deadline = Instant::now() + self.shared.options.step_time;
         let mut images = None;
         let mut missing = begin.memory_streams.clamp(1, 64);
-        let mut faults = begin.faults;
+        let (mut faults, mut packets) = (begin.faults, begin.packets);
         let store = Arc::clone(&self.store);
-        while images.is_none() || missing > 0 || faults {
+        while images.is_none() || missing > 0 || faults || packets {
             match self.streams.recv_timeout(Duration::from_millis(20)) {
                 Ok(Stream { role, channel }) => match role {
                     Role::Images if images.is_none() => images = Some(channel),
@@ -198,6 +198,12 @@ impl<'a> Session<'a> {
                         receivers.add_faults(channel, PUSH_ROUND, &client);
                     }
 
+                    Role::Packets if packets => {
+                        packets = false;
+                        if let Some(hold) = &mut self.hold {
+                            hold.receive_packets(channel);
+                        }
+                    }
                     // More than announced: closed by being dropped.
                     _ => {}
                 },

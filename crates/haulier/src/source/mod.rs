@@ -1,6 +1,7 @@
 //! The source of a migration: `haulier migrate`.
 
 mod behind;
+mod forwarding;
 mod link;
 mod pages;
 mod plan;
@@ -29,7 +30,7 @@ pub use self::plan::Options;
 
 use self::behind::Behind;
 use self::link::{Dialer, Link};
-use self::pages::Streams;
+use self::pages::{Also, Streams};
 use self::plan::Plan;
 use self::ready::{Ready, interrupted};
 use self::rounds::{Rounds, ranges_by_task};
@@ -174,7 +175,7 @@ impl<'a> Migration<'a> {
                 return Err(self.setback(&error));
             }
         }
-        let target = Target::prepare(&self.plan, journal);
+        let target = Target::prepare(&self.plan, &self.options.move_addresses, journal);
         self.target = Some(target.map_err(|e| self.setback(&*e))?);
         let mode = self.options.mode;
         let may_leave = matches!(mode, Mode::PostCopy | Mode::Hybrid)
@@ -187,7 +188,11 @@ impl<'a> Migration<'a> {
         let begin = Begin {
             memory_streams: streams,
             faults: may_leave,
-            packets: false,
+            packets: self.target.as_ref().is_some_and(Target::captures_packets),
+        };
+        let also = Also {
+            faults: may_leave,
+            packets: begin.packets,
         };
         self.tell(control::Body::Begin(begin))?;
         match self.answer("prepared")? {
@@ -195,7 +200,7 @@ impl<'a> Migration<'a> {
             other => return Err(self.unexpected(&other, "prepared")),
         }
         let wait = self.step();
-        let opened = Streams::open(&self.dialer, self.options, streams, may_leave, &wait);
+        let opened = Streams::open(&self.dialer, self.options, streams, &also, &wait);
         self.streams = Some(opened.map_err(|e| self.setback(&*e))?);
         Ok(())
     }
@@ -216,6 +221,8 @@ impl<'a> Migration<'a> {
             .tracker
             .filter(|_| matches!(mode, Mode::PreCopy | Mode::Hybrid));
         let memory = self.plan.memory_bytes;
+        self.report.mode = mode;
+        self.report.tracker = tracker.map(|tracker| tracker.to_string());
         self.rounds = Some(Rounds::new(self.plan.tree.root(), tracker, memory));
         if tracker.is_some() {
             self.timeline.enter(Phase::PreCopy);
@@ -333,9 +340,7 @@ impl<'a> Migration<'a> {
     fn send(&mut self, skeleton: &Skeleton) -> Result<Event, Setback> {
         self.timeline.enter(Phase::Send);
         let wait = self.step();
-        let (Some(target), Some(rounds), Some(streams)) =
-            (&self.target, &self.rounds, &mut self.streams)
-        else {
+        let (Some(rounds), Some(streams)) = (&self.rounds, &mut self.streams) else {
             unreachable!("sent before prepared");
         };
         let lazy = pages::lazy_pages(skeleton);
@@ -344,16 +349,27 @@ impl<'a> Migration<'a> {
             .map(|(task, pages)| (*task, rounds.missing(*task, pages)))
             .collect();
         let behind = self.leave_behind && missing.iter().any(|(_, pages)| !pages.is_empty());
-        let (tasks, discard) = if behind {
-            // The destination may have them in an old version.
-            (Vec::new(), ranges_by_task(missing.clone()))
-        } else {
-            let pages =
-                |(task, set): &(u32, RangeSet)| pages::task_pages(*task, set.iter().collect());
-            (missing.iter().map(pages).collect(), Vec::new())
+        // The destination may have any of them in an old version, which it would place as soon as it
+        // has the images.
+        let is_stale = streams.rounds() > 0 && missing.iter().any(|(_, pages)| !pages.is_empty());
+        if is_stale {
+            let discard = ranges_by_task(missing.clone());
+            let dropped = streams.send_round(Vec::new(), &discard, false, &wait);
+            let dropped = dropped.map_err(|e| self.setback(&e))?;
+            self.report.sent_round(&dropped, true);
+        }
+        let (Some(target), Some(rounds), Some(streams)) =
+            (&self.target, &self.rounds, &mut self.streams)
+        else {
+            unreachable!("sent before prepared");
+        };
+        let pages = |(task, set): &(u32, RangeSet)| pages::task_pages(*task, set.iter().collect());
+        let tasks = match behind {
+            true => Vec::new(),
+            false => missing.iter().map(pages).collect(),
         };
         let directory = target.directory().path();
-        let sent = streams.send_last(directory, tasks, &discard, &wait);
+        let sent = streams.send_last(directory, tasks, &wait);
         let hot = |(task, set): &(u32, RangeSet)| (*task, rounds.by_heat(*task, set));
         let left = behind.then(|| missing.iter().map(hot).collect());
         let images_wire_bytes = streams.images.wire_bytes();
@@ -537,6 +553,11 @@ impl<'a> Migration<'a> {
             unreachable!("frozen before prepared")
         };
         let result = target.freeze(&self.plan, &scope, &wait);
+        if let (Ok(()), Some(streams)) = (&result, &mut self.streams) {
+            if let Some(channel) = streams.packets.take() {
+                target.forward(&self.plan, channel);
+            }
+        }
         result.map_err(|e| self.setback(&*e))
     }
 

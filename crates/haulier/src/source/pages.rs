@@ -37,9 +37,18 @@ pub(super) struct Streams {
     memory: Memory,
     /// For pages that are left behind.
     pub(super) faults: Option<Channel>,
+    /// For packets that reach this host too late.
+    pub(super) packets: Option<Channel>,
     rounds: u32,
     /// Pages of all rounds.
     pages: u64,
+}
+
+/// Connections beside those that every migration has.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Also {
+    pub(super) faults: bool,
+    pub(super) packets: bool,
 }
 
 #[derive(Debug)]
@@ -56,15 +65,17 @@ impl Streams {
         dialer: &Dialer,
         options: &Options,
         streams: u32,
-        faults: bool,
+        also: &Also,
         wait: &Wait,
     ) -> Result<Streams, AnyError> {
         let (images, _) = dialer.open(Role::Images, 0, wait)?;
         let memory = open_memory(dialer, streams, wait)?;
-        let faults = match faults {
-            true => Some(dialer.open(Role::Faults, 0, wait)?.0),
-            false => None,
+        let open = |wanted: bool, role| match wanted {
+            true => dialer.open(role, 0, wait).map(|(channel, _)| Some(channel)),
+            false => Ok(None),
         };
+        let faults = open(also.faults, Role::Faults)?;
+        let packets = open(also.packets, Role::Packets)?;
         let stream_options = StreamOptions {
             compression: options.compression,
             bandwidth: options.bandwidth,
@@ -74,6 +85,7 @@ impl Streams {
             images: ImageSender::new(images, MOST_AHEAD),
             memory: Memory::Open(Box::new(PageSender::new(memory, stream_options)?)),
             faults,
+            packets,
             rounds: 0,
             pages: 0,
         })
@@ -110,7 +122,6 @@ impl Streams {
         &mut self,
         directory: &Path,
         tasks: Vec<TaskPages>,
-        discard: &[(u32, Vec<PageRange>)],
         wait: &Wait,
     ) -> Result<(ImageCount, RoundStats), AnyError> {
         let round = self.rounds;
@@ -120,7 +131,7 @@ impl Streams {
         let images = &mut self.images;
         let (images, memory) = thread::scope(|scope| {
             let images = scope.spawn(|| images.send_directory(directory, wait));
-            let memory = sender.send_round(tasks, discard, round, false, wait);
+            let memory = sender.send_round(tasks, &[], round, false, wait);
             (images.join(), memory)
         });
         let images = images.map_err(|_| "the sender of images panicked")??;

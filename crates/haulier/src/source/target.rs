@@ -9,12 +9,14 @@ use haulier_sys::wait::Wait;
 use haulier_targets::cgroup::{Cgroup, CgroupError};
 use haulier_targets::network::{self, ArmedLock, EngagedLock, LockScope, MoveIp};
 use haulier_targets::process::ProcessTree;
+use haulier_transport::channel::Channel;
 use thiserror::Error;
 use tracing::{debug, warn};
 
 use crate::directories::ImageDirectory;
 use crate::journal::{Holding, Journal};
 use crate::recovery;
+use crate::source::forwarding::Forwarding;
 use crate::source::plan::Plan;
 
 /// Most rounds of looking for tasks that were forked while their parents were confined.
@@ -43,6 +45,7 @@ pub(crate) struct Target {
     groups: Vec<Cgroup>,
     armed: Option<ArmedLock>,
     engaged: Option<EngagedLock>,
+    forwarding: Forwarding,
     dump: Dump,
     over: bool,
 }
@@ -57,16 +60,22 @@ enum Dump {
 impl Target {
     /// Confines the tree to cgroups of its own and readies everything for the freeze. The target
     /// runs on.
-    pub(crate) fn prepare(plan: &Plan, journal: &mut Journal) -> Result<Target, AnyError> {
+    pub(crate) fn prepare(
+        plan: &Plan,
+        moved: &[MoveIp],
+        journal: &mut Journal,
+    ) -> Result<Target, AnyError> {
         let id = journal.id();
         let directory = ImageDirectory::create(id, "dump").map_err(TargetError::Directory)?;
-        let armed = Some(ArmedLock::arm(&id.to_string())?);
+        let mut armed = ArmedLock::arm(&id.to_string())?;
+        let forwarding = Forwarding::arm(id, moved, &mut armed);
         let mut target = Target {
             id,
             directory,
             groups: Vec::new(),
-            armed,
+            armed: Some(armed),
             engaged: None,
+            forwarding,
             dump: Dump::None,
             over: false,
         };
@@ -84,6 +93,18 @@ impl Target {
         &self.groups
     }
 
+    /// Whether packets that come too late can be forwarded.
+    pub(crate) fn captures_packets(&self) -> bool {
+        self.forwarding.is_armed()
+    }
+
+    /// Forwards packets that come too late, with the tasks frozen and the network locked.
+    pub(crate) fn forward(&mut self, plan: &Plan, channel: Channel) {
+        let tree = ProcessTree::read(plan.tree.root());
+        let pids = tree.map_or_else(|_| plan.tree.pids(), |tree| tree.pids());
+        self.forwarding.start(&pids, channel);
+    }
+
     /// Takes so much of the CPU from the tasks.
     pub(crate) fn throttle(&mut self, percent: u8, journal: &mut Journal) -> Result<(), AnyError> {
         let _ = (percent, journal);
@@ -95,6 +116,7 @@ impl Target {
 
     /// Removes the target's addresses from this host, whose tasks stay locked in.
     pub(crate) fn depart(&mut self, moved: &[MoveIp]) -> Vec<String> {
+        self.forwarding.finish();
         let mut left = Vec::new();
         for address in moved {
             if let Err(error) = network::remove(address) {
@@ -182,6 +204,7 @@ impl Target {
                 left.push(describe(&error));
             }
         }
+        self.forwarding.give_back();
         left
     }
 

@@ -193,6 +193,7 @@ fn drain(mut channel: Channel) -> (Kind, u64, u32) {
                 if end.last {
                     return (header.kind, pages, rounds);
                 }
+                channel.send_message(header.kind, &end, &long()).unwrap();
                 rounds += 1;
             }
             _ => {}
