@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use haulier_proto::frame::{FrameError, Header, Kind};
 use haulier_proto::message::{self, RoundEnd};
-use haulier_sys::priority;
+use haulier_sys::{priority, tcp};
 use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
+use rustix::net::sockopt;
 
 use crate::store::{PageStore, StoreError};
 use crate::stream::{FrameReceiver, ReceiveStats, StreamError};
@@ -15,6 +16,14 @@ use crate::wait::Wait;
 
 /// Free room in the store before a frame is begun: it must not be met full in the middle of one.
 const ROOM: usize = 1 << 20;
+
+/// What a socket may hold for us: so many microseconds of 10 Gbit/s beside what is on the way.
+const QUEUE_MICROS: u128 = 200;
+const BYTES_PER_MICRO: u128 = 1250;
+const LONGEST: u128 = 4 << 20;
+
+/// A connection that has carried no more than this was not used for rounds.
+const FRESH: u64 = 64 << 10;
 
 /// How often to look whether there is room again. The fill makes some all the time.
 const LOOK: Duration = Duration::from_millis(1);
@@ -30,8 +39,9 @@ pub fn receive_push(
     round: u32,
     wait: &Wait,
 ) -> Result<ReceiveStats, StreamError> {
-    // Those who answer faults go first.
-    let _ = priority::bulk();
+    // What comes faster than this thread takes it lies in front of a page that a task waits for.
+    let _ = priority::brisk();
+    keep_short(channel);
     let mut receiver = Receiver::new(round);
     let result = loop {
         let header = match channel.receive_header(wait) {
@@ -120,6 +130,23 @@ impl Receiver {
             });
         }
         Ok(())
+    }
+}
+
+/// Keeps what has come and was not taken yet short: a page that a task waits for may be in it. A way
+/// so long that it needs more than this is left to the kernel.
+fn keep_short(channel: &Channel) {
+    // With a smaller buffer the kernel drops what the peer was told there is room for, and that costs
+    // a retransmission timeout (seen: 200 ms). Rounds have made the buffer large.
+    if channel.received() > FRESH {
+        return;
+    }
+    let Ok(path) = tcp::path(channel.socket()) else {
+        return;
+    };
+    let bytes = (path.round_trip.as_micros() * 3 / 2 + QUEUE_MICROS) * BYTES_PER_MICRO;
+    if bytes <= LONGEST {
+        let _ = sockopt::set_socket_recv_buffer_size(channel.socket(), bytes as usize);
     }
 }
 
