@@ -9,6 +9,9 @@ use std::mem::zeroed;
 /// Not for what this thread starts (`SCHED_RESET_ON_FORK`, include/uapi/linux/sched.h).
 const RESET_ON_FORK: libc::c_int = 0x4000_0000;
 
+/// Some ten times the usual share.
+const BRISK: i32 = -10;
+
 /// Has the calling thread run as soon as it can, ahead of all threads of the usual kind: for work of
 /// microseconds that others stand still for. It must never compute for long.
 ///
@@ -29,12 +32,23 @@ pub fn bulk() -> io::Result<()> {
     set(libc::SCHED_BATCH, 0)
 }
 
-/// Takes back what [`urgent`] or [`bulk`] did for the calling thread.
+/// Gives the calling thread a larger share than others: for work that others wait for and that has to
+/// go through in sum. Needs `CAP_SYS_NICE`.
 ///
 /// # Errors
-/// What `sched_setscheduler(2)` says.
+/// What `setpriority(2)` says.
+pub fn brisk() -> io::Result<()> {
+    // On Linux this is of the thread, not of the process.
+    Ok(rustix::process::setpriority_process(None, BRISK)?)
+}
+
+/// Takes back what the others here did for the calling thread.
+///
+/// # Errors
+/// What `sched_setscheduler(2)` and `setpriority(2)` say.
 pub fn usual() -> io::Result<()> {
-    set(libc::SCHED_OTHER, 0)
+    set(libc::SCHED_OTHER, 0)?;
+    Ok(rustix::process::setpriority_process(None, 0)?)
 }
 
 fn set(policy: libc::c_int, priority: libc::c_int) -> io::Result<()> {
@@ -73,6 +87,7 @@ mod tests {
                 let started = std::thread::spawn(policy).join().unwrap();
                 assert_eq!(started & !RESET_ON_FORK, libc::SCHED_OTHER);
             }
+            let _ = brisk();
             usual().unwrap();
             assert_eq!(policy() & !RESET_ON_FORK, libc::SCHED_OTHER);
         })

@@ -27,20 +27,20 @@ use haulier_transport::channel::Channel;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use tempfile::TempDir;
 
-pub const TASK: u32 = 9;
+pub(crate) const TASK: u32 = 9;
 
-pub fn patience() -> Wait {
+pub(crate) fn patience() -> Wait {
     Wait::uncancellable(Duration::from_secs(60))
 }
 
 /// A task at the source; killed when dropped.
-pub struct Source {
+pub(crate) struct Source {
     process: Child,
     seed: u64,
 }
 
 impl Source {
-    pub fn start(address: u64, pages: u64, seed: u64) -> Self {
+    pub(crate) fn start(address: u64, pages: u64, seed: u64) -> Self {
         let mut process = Command::new("python3")
             .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/far/source.py"))
             .args([address, pages, seed].map(|number| number.to_string()))
@@ -55,7 +55,7 @@ impl Source {
         Self { process, seed }
     }
 
-    pub fn order(&self, ranges: Vec<PageRange>) -> TaskOrder {
+    pub(crate) fn order(&self, ranges: Vec<PageRange>) -> TaskOrder {
         TaskOrder {
             pid: self.process.id() as i32,
             task: TASK,
@@ -64,7 +64,7 @@ impl Source {
     }
 
     /// What the byte 1234 of a page is, as `source.py` says.
-    pub fn value(&self, page: u64) -> u8 {
+    pub(crate) fn value(&self, page: u64) -> u8 {
         if page % 5 == 4 {
             0
         } else {
@@ -81,18 +81,18 @@ impl Drop for Source {
 }
 
 /// Memory that lacks its pages, and the daemon that places them. Dropped in this order.
-pub struct Target {
-    pub handle: LazyPagesHandle,
-    pub client: Arc<FaultClient>,
-    pub store: Arc<PageStore>,
-    pub region: Arc<Region>,
+pub(crate) struct Target {
+    pub(crate) handle: LazyPagesHandle,
+    pub(crate) client: Arc<FaultClient>,
+    pub(crate) store: Arc<PageStore>,
+    pub(crate) region: Arc<Region>,
     criu: UnixStream,
     _dir: TempDir,
 }
 
 impl Target {
     /// All pages of the region are missing. `limit`: bytes of the store.
-    pub fn new(region: Region, limit: u64) -> Self {
+    pub(crate) fn new(region: Region, limit: u64) -> Self {
         let range = whole(&region);
         let store = Arc::new(PageStore::new(limit));
         let client = FaultClient::new(store.clone());
@@ -130,33 +130,33 @@ impl Target {
         }
     }
 
-    pub fn read(&self, page: u64) -> u8 {
+    pub(crate) fn read(&self, page: u64) -> u8 {
         self.region.read(page as usize * PAGE_BYTES + 1234)
     }
 
     /// Reads a page in another thread, which a missing page stops.
-    pub fn reader(&self, page: u64) -> thread::JoinHandle<u8> {
+    pub(crate) fn reader(&self, page: u64) -> thread::JoinHandle<u8> {
         let region = self.region.clone();
         thread::spawn(move || region.read(page as usize * PAGE_BYTES + 1234))
     }
 
-    pub fn check(&self, source: &Source) {
+    pub(crate) fn check(&self, source: &Source) {
         for page in 0..self.region.len() as u64 / PAGE {
             assert_eq!(self.read(page), source.value(page), "page {page}");
         }
     }
 
-    pub fn finish(&mut self) {
+    pub(crate) fn finish(&mut self) {
         self.criu.write_all(&0x5253_5446_u32.to_ne_bytes()).unwrap();
     }
 }
 
-pub fn whole(region: &Region) -> PageRange {
+pub(crate) fn whole(region: &Region) -> PageRange {
     PageRange::between(region.address(), region.address() + region.len() as u64)
 }
 
 /// Waits for something to become true.
-pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !condition() {
         assert!(Instant::now() < deadline, "not in time: {what}");
@@ -165,14 +165,14 @@ pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// Connected channels: the source's and the destination's ends.
-pub struct Link {
-    pub source: Vec<Channel>,
-    pub destination: Vec<Channel>,
+pub(crate) struct Link {
+    pub(crate) source: Vec<Channel>,
+    pub(crate) destination: Vec<Channel>,
     cut: Vec<Channel>,
 }
 
 impl Link {
-    pub fn new(channels: usize) -> Self {
+    pub(crate) fn new(channels: usize) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut link = Self {
             source: Vec::new(),
@@ -189,7 +189,7 @@ impl Link {
         link
     }
 
-    pub fn add(&mut self, source: TcpStream, destination: TcpStream) {
+    pub(crate) fn add(&mut self, source: TcpStream, destination: TcpStream) {
         let source = Channel::new(source, "destination").unwrap();
         self.cut.push(source.try_clone().unwrap());
         self.source.push(source);
@@ -198,30 +198,30 @@ impl Link {
     }
 
     /// What cuts all of it.
-    pub fn scissors(&self) -> Vec<Channel> {
+    pub(crate) fn scissors(&self) -> Vec<Channel> {
         self.cut.iter().map(|c| c.try_clone().unwrap()).collect()
     }
 }
 
-pub fn cut(channels: &[Channel]) {
+pub(crate) fn cut(channels: &[Channel]) {
     channels.iter().for_each(Channel::shutdown);
 }
 
 /// How both ends of one link fared.
-pub struct Outcome {
-    pub served: Result<ServeStats, ServeError>,
-    pub received: Vec<Result<ReceiveStats, StreamError>>,
+pub(crate) struct Outcome {
+    pub(crate) served: Result<ServeStats, ServeError>,
+    pub(crate) received: Vec<Result<ReceiveStats, StreamError>>,
 }
 
 impl Outcome {
-    pub fn pages(&self) -> u64 {
+    pub(crate) fn pages(&self) -> u64 {
         let pages = |stats: &Result<ReceiveStats, StreamError>| stats.as_ref().unwrap().pages;
         self.received.iter().map(pages).sum()
     }
 }
 
 /// Serves over a link, whose first channel is for faults, while `meanwhile` goes on.
-pub fn serve<T>(
+pub(crate) fn serve<T>(
     server: &PageServer,
     client: &Arc<FaultClient>,
     store: &Arc<PageStore>,

@@ -1,6 +1,6 @@
-# A task at the source: maps memory at an address, writes it, and stands. Page n holds the number n + 1
-# in its first eight bytes and the byte (n * 7 + seed) % 255 + 1 elsewhere; every fifth page is zero.
-import ctypes, struct, sys
+# A task at the source: maps memory at an address, writes it, and stands. Byte 1234 of page n is
+# (n * 7 + seed) % 255 + 1, the others are random; every fifth page is zero.
+import ctypes, os, sys
 
 PAGE = 4096
 address, pages, seed = (int(argument) for argument in sys.argv[1:4])
@@ -10,9 +10,10 @@ flags = 0x02 | 0x20 | 0x100000 | 0x4000  # private, anonymous, at this address, 
 length = ctypes.c_size_t(pages * PAGE)
 if libc.mmap(ctypes.c_void_p(address), length, 3, flags, -1, ctypes.c_long(0)) != address:
     sys.exit("mmap: " + str(ctypes.get_errno()))
-fills = [bytes([n + 1]) * (PAGE - 8) for n in range(255)]
 for n in range(pages):
     if n % 5 != 4:
-        ctypes.memmove(address + n * PAGE, struct.pack("<Q", n + 1) + fills[(n * 7 + seed) % 255], PAGE)
+        page = bytearray(os.urandom(PAGE))
+        page[1234] = (n * 7 + seed) % 255 + 1
+        ctypes.memmove(address + n * PAGE, bytes(page), PAGE)
 print("ready", flush=True)
 sys.stdin.readline()
