@@ -35,7 +35,7 @@ fn scene(pages: u64, limit: u64) -> (Source, Target, PageServer) {
 fn a_fault_is_answered_before_the_push_gets_there_and_every_page_is_sent_once() {
     const PAGES: u64 = 2000;
     let (source, target, server) = scene(PAGES, 1 << 30);
-    let link = Link::new(3);
+    let link = Link::new(2);
     let scissors = link.scissors();
     let asked = [1990, 800, 1990, 804, 1001];
     let (outcome, ()) = serve(
@@ -50,13 +50,13 @@ fn a_fault_is_answered_before_the_push_gets_there_and_every_page_is_sent_once() 
                 let value = target.reader(page).join().unwrap();
                 assert_eq!(value, source.value(page), "page {page}");
             }
-            until("neighbours", || server.progress().sent >= 64 + 10 + 2 * 16);
+            until("neighbours", || server.progress().sent >= 32 + 10 + 2 * 16);
             cut(&scissors);
         },
     );
     assert!(outcome.served.unwrap_err().is_broken_link());
-    // Two first chunks, the last ten pages, and twice a page with its neighbours.
-    let sent = 2 * 32 + 10 + 2 * 16;
+    // The first chunk, the last ten pages, and twice a page with its neighbours.
+    let sent = 32 + 10 + 2 * 16;
     assert_eq!(server.progress().sent, sent);
     assert_eq!(server.progress().remaining, PAGES - sent);
     let missing = target.handle.missing();
