@@ -59,8 +59,13 @@ pub fn needed_by(tree: &ProcessTree) -> io::Result<Vec<FileNeeded>> {
                 need(path, agreement, purpose);
             }
         }
-        for path in mapped_files(pid) {
-            need(path, Agreement::Contents, "mapped");
+        for (path, shared) in mapped_files(pid) {
+            // What is written through a mapping is the file's, and may change until the freeze.
+            let agreement = match shared {
+                true => Agreement::Existence,
+                false => Agreement::Contents,
+            };
+            need(path, agreement, "mapped");
         }
         for descriptor in descriptors_of(pid).unwrap_or_default() {
             if let DescriptorKind::File(path) = descriptor.kind {
@@ -183,18 +188,22 @@ fn is_comparable(path: &Path) -> bool {
 }
 
 /// Files mapped by a process, without those that have no name any more.
-fn mapped_files(pid: i32) -> Vec<PathBuf> {
+/// Files that a process maps, and whether it writes to them through that mapping.
+fn mapped_files(pid: i32) -> Vec<(PathBuf, bool)> {
     let maps = fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
-    let mut paths: Vec<PathBuf> = maps
+    let mut files: Vec<(PathBuf, bool)> = maps
         .split(|byte| *byte == b'\n')
         .filter_map(|line| {
             let start = line.iter().position(|byte| *byte == b'/')?;
             let path = &line[start..];
-            (!path.ends_with(b" (deleted)")).then(|| OsStr::from_bytes(path).into())
+            let mode = line.split(|byte| *byte == b' ').nth(1)?;
+            let shared = mode.get(1) == Some(&b'w') && mode.get(3) == Some(&b's');
+            let deleted = path.ends_with(b" (deleted)");
+            (!deleted).then(|| (OsStr::from_bytes(path).into(), shared))
         })
         .collect();
-    paths.dedup();
-    paths
+    files.dedup();
+    files
 }
 
 fn describe(path: &Path, agreement: Agreement, purpose: &str) -> io::Result<Option<FileNeeded>> {
@@ -353,6 +362,31 @@ mod tests {
             .filter(|file| file.purpose != "open")
             .collect();
         assert_eq!(problems_with(&libraries), []);
+    }
+
+    #[test]
+    fn a_file_that_is_written_through_a_mapping_may_change() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        std::io::Write::write_all(&mut file, &[1; 4096]).unwrap();
+        let code = "import mmap,sys; f=open(sys.argv[1],'r+b'); m=mmap.mmap(f.fileno(),0); f.close(); \
+                    print(flush=True); sys.stdin.read()";
+        let mut child = std::process::Command::new("python3")
+            .args(["-c", code])
+            .arg(file.path())
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = [0];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
+        let files = needed_by(&ProcessTree::read(child.id() as i32).unwrap()).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let path = file.path().as_os_str().as_bytes();
+        let needed = files.iter().find(|needed| needed.path == path).unwrap();
+        assert!(needed.blake3.is_empty());
+        fs::write(file.path(), [2; 4096]).unwrap();
+        assert_eq!(problem_with(needed), None);
     }
 
     #[test]

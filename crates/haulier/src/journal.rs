@@ -39,6 +39,8 @@ pub enum Holding {
     /// An address that moves, as `10.0.0.5/24@eth0`: added here by the destination, removed here by
     /// the source once the target is gone.
     Address(String),
+    /// Where CPU time may be taken from the target.
+    Throttle(PathBuf),
 }
 
 /// The journal of one migration, open for appending and locked.
@@ -154,6 +156,7 @@ impl Journal {
         match holding {
             Holding::Cgroup(path) => self.append(&format!("has cgroup {}", path.display())),
             Holding::Address(address) => self.append(&format!("has address {address}")),
+            Holding::Throttle(path) => self.append(&format!("has throttle {}", path.display())),
         }
     }
 
@@ -244,6 +247,7 @@ impl Contents {
             .filter_map(|text| match text.split_once(' ')? {
                 ("cgroup", path) => Some(Holding::Cgroup(PathBuf::from(path))),
                 ("address", address) => Some(Holding::Address(address.to_owned())),
+                ("throttle", path) => Some(Holding::Throttle(PathBuf::from(path))),
                 _ => None,
             })
             .collect()

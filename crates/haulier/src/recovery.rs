@@ -8,7 +8,7 @@ use anyhow::Context;
 use haulier_engine::journal::{DestinationRecord, SourceRecord};
 use haulier_proto::id::MigrationId;
 use haulier_sys::wait::Wait;
-use haulier_targets::cgroup::{Cgroup, CgroupFs};
+use haulier_targets::cgroup::{Cgroup, CgroupFs, Throttle};
 use haulier_targets::network::{self, Announcement, MoveIp};
 use std::fs;
 use std::io;
@@ -107,6 +107,7 @@ fn recover(id: MigrationId, side: Side, cgroups: &CgroupFs) -> io::Result<()> {
 
 fn recover_source(journal: Journal, contents: &Contents, cgroups: &CgroupFs) -> io::Result<()> {
     let id = journal.id();
+    end_throttle(contents);
     if contents.has_source(SourceRecord::RolledBack) {
         journal.remove();
         return Ok(());
@@ -114,6 +115,14 @@ fn recover_source(journal: Journal, contents: &Contents, cgroups: &CgroupFs) -> 
     if contents.has_source(SourceRecord::Released) {
         info!(%id, "removing what moved away");
         remove_moved(journal, contents, cgroups)
+    } else if contents.has_source(SourceRecord::Serving) {
+        warn!(
+            "a target that runs on the other host has left pages here, with its frozen tasks, and \
+             waits for them there: if it has ended, haulier resolve {id} there; to let the tasks \
+             run on here from where they were frozen, end it there and then haulier resolve {id} \
+             here"
+        );
+        Ok(())
     } else if contents.has_source(SourceRecord::InDoubt) {
         warn!(
             "a target stands frozen here, in doubt, until somebody settles it: \
@@ -218,12 +227,23 @@ fn groups(contents: &Contents, side: Side, cgroups: &CgroupFs) -> Vec<Cgroup> {
         .into_iter()
         .filter_map(|holding| match holding {
             Holding::Cgroup(path) => Some(path),
-            Holding::Address(_) => None,
+            Holding::Address(_) | Holding::Throttle(_) => None,
         });
     paths
         .filter(|path| path.exists())
         .map(|path| cgroups.at(path))
         .collect()
+}
+
+/// Gives the target its CPU time back, whatever becomes of it.
+fn end_throttle(contents: &Contents) {
+    for holding in contents.holdings(Side::Source).into_iter().rev() {
+        if let Holding::Throttle(path) = holding {
+            if let Err(error) = Throttle::undo(&path) {
+                warn!(%error, "giving CPU time back");
+            }
+        }
+    }
 }
 
 fn addresses(contents: &Contents, side: Side) -> Vec<MoveIp> {
@@ -232,7 +252,7 @@ fn addresses(contents: &Contents, side: Side) -> Vec<MoveIp> {
         .into_iter()
         .filter_map(|holding| match holding {
             Holding::Address(text) => Some(text),
-            Holding::Cgroup(_) => None,
+            Holding::Cgroup(_) | Holding::Throttle(_) => None,
         });
     texts.filter_map(|text| text.parse().ok()).collect()
 }

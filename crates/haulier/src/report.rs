@@ -316,6 +316,8 @@ pub struct Report {
     pub post_copy: Option<PostCopy>,
     /// How tasks waited for pages.
     pub faults: Option<FaultReport>,
+    /// Packets that reached the source too late and were forwarded.
+    pub packets: u64,
     /// What was sent.
     pub sent: Sent,
     /// From the freeze to the source's knowing that the target runs.
@@ -350,6 +352,7 @@ impl Report {
             left_behind: 0,
             post_copy: None,
             faults: None,
+            packets: 0,
             sent: Sent::default(),
             downtime_ms: 0.0,
             total_ms: 0.0,
@@ -448,10 +451,11 @@ impl Report {
         )?;
         writeln!(
             out,
-            "  skeleton {} images ({}), {} pages sent ahead",
+            "  skeleton {} images ({}), {} pages sent ahead; {} forwarded",
             sent.images,
             size(sent.image_bytes),
-            sent.ahead_pages
+            sent.ahead_pages,
+            count(self.packets as usize, "packet", "packets"),
         )?;
         for round in &self.rounds {
             writeln!(out, "  round    {}", round.line())?;

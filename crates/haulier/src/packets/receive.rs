@@ -104,6 +104,7 @@ impl PacketReceiver {
     }
 
     /// What happened so far.
+    #[cfg(test)]
     pub(crate) fn stats(&self) -> ReceiveStats {
         self.shared.state().stats
     }

@@ -528,6 +528,7 @@ impl<'a> Migration<'a> {
                 if let Some(mut target) = self.target.take() {
                     let wait = Wait::uncancellable(UNDO_TIME);
                     let left = target.kill(&self.plan, &self.options.move_addresses, &wait);
+                    self.report.packets = target.forwarded();
                     self.report.left.extend(left);
                 }
                 Ok(())

@@ -1,12 +1,13 @@
 //! The target while it is being moved: what is done to it, and how each of that is undone.
 
 use std::error::Error;
+use std::path::Path;
 
 use haulier_criu::dump::{self, Captured, DumpOptions, Frozen};
 use haulier_criu::skeleton::Skeleton;
 use haulier_proto::id::MigrationId;
 use haulier_sys::wait::Wait;
-use haulier_targets::cgroup::{Cgroup, CgroupError};
+use haulier_targets::cgroup::{Cgroup, CgroupError, Throttle};
 use haulier_targets::network::{self, ArmedLock, EngagedLock, LockScope, MoveIp};
 use haulier_targets::process::ProcessTree;
 use haulier_transport::channel::Channel;
@@ -46,6 +47,8 @@ pub(crate) struct Target {
     armed: Option<ArmedLock>,
     engaged: Option<EngagedLock>,
     forwarding: Forwarding,
+    forwarded: u64,
+    throttle: Option<Throttle>,
     dump: Dump,
     over: bool,
 }
@@ -76,6 +79,8 @@ impl Target {
             armed: Some(armed),
             engaged: None,
             forwarding,
+            forwarded: 0,
+            throttle: None,
             dump: Dump::None,
             over: false,
         };
@@ -105,18 +110,35 @@ impl Target {
         self.forwarding.start(&pids, channel);
     }
 
-    /// Takes so much of the CPU from the tasks.
-    pub(crate) fn throttle(&mut self, percent: u8, journal: &mut Journal) -> Result<(), AnyError> {
-        let _ = (percent, journal);
-        Ok(())
+    /// Packets that were forwarded.
+    pub(crate) fn forwarded(&self) -> u64 {
+        self.forwarded
     }
 
-    /// Gives the tasks their CPU back.
-    pub(crate) fn end_throttle(&mut self) {}
+    /// Takes so many per cent of the CPU time that it uses from the target.
+    pub(crate) fn throttle(&mut self, percent: u8, journal: &mut Journal) -> Result<(), AnyError> {
+        let throttle = match &mut self.throttle {
+            Some(throttle) => throttle,
+            none => none.insert(Throttle::prepare(&self.groups, &home_name(self.id))?),
+        };
+        let mut record = |path: &Path| journal.hold(&Holding::Throttle(path.to_owned()));
+        Ok(throttle.set(percent, &mut record)?)
+    }
+
+    /// Gives the target its CPU time back.
+    pub(crate) fn end_throttle(&mut self) {
+        if let Some(mut throttle) = self.throttle.take() {
+            if let Err(error) = throttle.lift() {
+                warn!(%error, "giving CPU time back");
+            }
+        }
+    }
 
     /// Removes the target's addresses from this host, whose tasks stay locked in.
     pub(crate) fn depart(&mut self, moved: &[MoveIp]) -> Vec<String> {
-        self.forwarding.finish();
+        if let Some(stats) = self.forwarding.finish() {
+            self.forwarded = stats.sent;
+        }
         let mut left = Vec::new();
         for address in moved {
             if let Err(error) = network::remove(address) {
@@ -178,6 +200,7 @@ impl Target {
     /// could not be undone.
     pub(crate) fn let_go(&mut self, wait: &Wait) -> Vec<String> {
         self.over = true;
+        self.end_throttle();
         let mut left = Vec::new();
         match std::mem::replace(&mut self.dump, Dump::None) {
             Dump::None => {}
@@ -256,7 +279,7 @@ impl Target {
     }
 
     fn confine(&mut self, plan: &Plan, journal: &mut Journal) -> Result<(), AnyError> {
-        let name = format!("haulier-{}", self.id);
+        let name = home_name(self.id);
         for _ in 0..CONFINE_ROUNDS {
             let mut moved = false;
             for pid in ProcessTree::read(plan.tree.root())?.pids() {
@@ -302,6 +325,11 @@ impl Drop for Target {
             }
         }
     }
+}
+
+/// Name of the cgroups that this migration makes.
+fn home_name(id: MigrationId) -> String {
+    format!("haulier-{id}")
 }
 
 fn is_gone(error: &CgroupError) -> bool {

@@ -51,7 +51,7 @@ pub(crate) struct Destination {
 pub(crate) struct Incoming {
     pub(crate) purpose: Purpose,
     pub(crate) command: Channel,
-    streams: Vec<JoinHandle<(Kind, u64)>>,
+    streams: Vec<JoinHandle<(Kind, u64, u32)>>,
 }
 
 impl Destination {
