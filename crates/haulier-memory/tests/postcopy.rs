@@ -153,6 +153,10 @@ fn a_page_that_is_on_its_way_is_not_sent_again() {
         ask(&mut faults, &[at(90)]);
         assert_eq!(pages(&mut faults), (at(90), 1));
         assert_eq!(pages(&mut faults), (at(91), 9), "up to what is sent");
+        // Counted a moment after it was sent.
+        until("all counted", || {
+            server.progress().sent >= 32 + 16 + 16 + 10
+        });
         assert_eq!(server.progress().sent, 32 + 16 + 16 + 10);
         cut(&[faults.try_clone().unwrap()]);
         let error = serving.join().unwrap().unwrap_err();
