@@ -271,7 +271,8 @@ fn links_that_break_at_any_point_lose_and_repeat_nothing() {
             break;
         }
     }
-    assert!(seen.len() > 5, "{seen:?}");
+    // How often depends on how far a push gets before it is cut.
+    assert!(seen.len() > 1, "{seen:?}");
     let (outcome, ()) = serve(
         &server,
         &target.client,
