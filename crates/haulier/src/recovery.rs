@@ -146,7 +146,18 @@ fn run_on(mut journal: Journal, contents: &Contents, cgroups: &CgroupFs) -> io::
     {
         let _ = network::end_repair_of(pid);
     }
+    // A target that ran on the other host took its addresses along.
+    if contents.has_source(SourceRecord::Serving) {
+        for address in addresses(contents, Side::Source) {
+            network::add(&address).map_err(io::Error::other)?;
+        }
+    }
     lift(id);
+    for address in addresses(contents, Side::Source) {
+        if let Err(error) = Announcement::prepare(&address).and_then(|a| a.send()) {
+            warn!(%id, %error, "announcing");
+        }
+    }
     for group in groups {
         if let Err(error) = group.dissolve() {
             warn!(%id, %error, "cgroup");

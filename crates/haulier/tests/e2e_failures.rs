@@ -206,7 +206,8 @@ fn too_little_memory_allowed_there() {
 /// way; then the network is fast again.
 fn amid(served: &Served, options: &[&str], happens: impl FnOnce(&Captured)) -> Output {
     let stage = &served.stage;
-    let options: Vec<&str> = MOVE.iter().chain(options).copied().collect();
+    let frozen = ["--mode", "stop-and-copy"];
+    let options: Vec<&str> = MOVE.iter().chain(&frozen).chain(options).copied().collect();
     let migration = stage.migration(1, served.redis.pid(), 2, &options);
     let migration = migration.spawn_captured().unwrap();
     eventually("the target is frozen", || {
@@ -294,6 +295,72 @@ fn a_destination_that_is_killed_while_memory_is_sent() {
     // What a killed server leaves is the next one's to remove.
     let _server = served.stage.serve(2);
     served.assert_untouched(&output, ROLLED_BACK, &["on host1"]);
+}
+
+/// Starts a migration and lets something happen while memory is sent and the target runs.
+fn amid_rounds(served: &Served, options: &[&str], happens: impl FnOnce(&Captured)) -> Output {
+    let stage = &served.stage;
+    let rounds = ["--max-rounds", "3", "--compress", "none"];
+    let options: Vec<&str> = MOVE.iter().chain(&rounds).chain(options).copied().collect();
+    let migration = stage.migration(1, served.redis.pid(), 2, &options);
+    let migration = migration.spawn_captured().unwrap();
+    let sent = || {
+        stage
+            .host(1)
+            .shell("ss -Htni dport = :7000 | grep -o 'bytes_sent:[0-9]*'")
+    };
+    eventually("pages are on their way", || {
+        let sent = sent().unwrap().stdout;
+        let bytes = sent
+            .lines()
+            .filter_map(|line| line.rsplit(':').next()?.parse().ok());
+        bytes.max().unwrap_or(0_u64) > 1 << 20
+    });
+    happens(&migration);
+    let output = migration.finish(LONG).unwrap();
+    stage.lab.shape(None).unwrap();
+    output
+}
+
+#[test]
+fn a_link_that_is_cut_during_the_rounds() {
+    let served = Served::set_slow();
+    let _server = served.stage.serve(2);
+    let cut = |_: &Captured| served.stage.lab.cut(2).unwrap();
+    let output = amid_rounds(&served, &["--step-time", "6"], cut);
+    served.stage.lab.mend(2).unwrap();
+    served.assert_untouched(&output, NOTHING_TOUCHED, &["on host1", "pre-copy"]);
+}
+
+#[test]
+fn ctrl_c_during_the_rounds() {
+    let served = Served::set_slow();
+    let _server = served.stage.serve(2);
+    let output = amid_rounds(&served, &["--mode", "hybrid"], |migration| {
+        migration.process.kill(Signal::INT).unwrap();
+    });
+    let words = ["on host1", "interrupted", "pre-copy"];
+    served.assert_untouched(&output, NOTHING_TOUCHED, &words);
+}
+
+#[test]
+fn a_destination_that_is_killed_during_the_rounds() {
+    let served = Served::set_slow();
+    let server = served.stage.serve(2);
+    let output = amid_rounds(&served, &[], |_| {
+        server.process.kill(Signal::KILL).unwrap();
+    });
+    let _server = served.stage.serve(2);
+    served.assert_untouched(&output, NOTHING_TOUCHED, &["on host1"]);
+}
+
+#[test]
+fn rounds_that_do_not_converge_and_may_not_be_forced() {
+    let served = Served::set();
+    let _server = served.stage.serve(2);
+    let output = served.migrate(&["--max-downtime", "1ms", "--on-stall", "abort"]);
+    let words = ["on host1", "pre-copy", "--max-downtime"];
+    served.assert_untouched(&output, NOTHING_TOUCHED, &words);
 }
 
 /// What a program that writes to a file at `/srv/data`, different on every host, needs.

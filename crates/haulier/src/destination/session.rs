@@ -2,11 +2,13 @@
 
 use std::error::Error;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use haulier_engine::destination::{Action, Destination, Event};
 use haulier_engine::phase::Phase;
+use haulier_images::account::Account;
 use haulier_images::directory::{self, ImagesError};
 use haulier_memory::lazy::FillStats;
 use haulier_memory::post::FaultClient;
@@ -28,6 +30,9 @@ use crate::destination::{Shared, check};
 use crate::failure::Failure;
 use crate::journal::{Holding, Journal, Side};
 use crate::timeline::Stopwatch;
+
+/// How often it is looked whether the source still sends something.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Why a migration is not going on.
 pub(super) enum Setback {
@@ -229,8 +234,32 @@ impl<'a> Session<'a> {
         let (Some(hold), Some(link)) = (&self.hold, &self.link) else {
             unreachable!("received before prepared")
         };
-        let (limit, wait) = (self.shared.options.max_memory, link.transfer());
-        let received = directory::receive(hold.directory().path(), limit, &mut channel, &wait);
+        let (account, wait) = (
+            Account::new(self.shared.options.max_memory),
+            link.transfer(),
+        );
+        let (directory, store) = (hold.directory().path(), &self.store);
+        let patience = self.shared.options.step_time;
+        let received = thread::scope(|scope| {
+            let (done, is_done) = mpsc::channel::<()>();
+            let receiver = scope.spawn(|| {
+                let _done = done;
+                directory::receive_into_account(directory, &account, &mut channel, &wait)
+            });
+            // A source that sends neither images nor pages any more is not waited for.
+            let progress = || (store.received(), account.used());
+            let (mut seen, mut since) = (progress(), Instant::now());
+            while let Err(RecvTimeoutError::Timeout) = is_done.recv_timeout(LOOK) {
+                if seen != progress() {
+                    (seen, since) = (progress(), Instant::now());
+                }
+                if since.elapsed() > patience {
+                    link.stop.cancel();
+                }
+            }
+            receiver.join()
+        });
+        let received = received.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         let count = received.map_err(|e: ImagesError| self.here(Phase::Send, &e))?;
         self.images = count.images;
         // The steps before it are the source's, which measures them itself.

@@ -37,7 +37,11 @@ impl Migration<'_> {
                     Setback::Here(failure) | Setback::There(failure) | Setback::Link(failure),
                 ) = result
                 {
-                    debug!(%failure, "after the commit");
+                    let is_new =
+                        reason.as_ref().map(ToString::to_string) != Some(failure.to_string());
+                    if is_new {
+                        warn!(%failure, "after the commit");
+                    }
                     reason = Some(failure);
                 }
             }
@@ -117,15 +121,18 @@ impl Migration<'_> {
         if self.behind.is_none() || !std::mem::replace(&mut self.rejoins, true) {
             return Ok(());
         }
-        let streams = self.memory_streams;
-        self.tell(control::Body::Rejoin(Rejoin {
-            memory_streams: streams,
-        }))?;
+        let memory_streams = self.memory_streams;
+        // Not cancelled by what cancels everything before the commit: the end of the first connection.
+        let wait = Wait::uncancellable(RECONNECT_TIME);
+        if let Some(link) = &mut self.link {
+            let sent = link.send(control::Body::Rejoin(Rejoin { memory_streams }), &wait);
+            sent.map_err(|e| self.setback(&e))?;
+        }
         let Some(missing) = self.await_missing()? else {
             return Ok(());
         };
         let wait = Wait::uncancellable(RECONNECT_TIME);
-        let memory = open_memory(&self.dialer, streams, &wait);
+        let memory = open_memory(&self.dialer, memory_streams, &wait);
         let memory = memory.map_err(|e| self.setback(&e))?;
         let faults = self.dialer.open(Role::Faults, 0, &wait);
         let (faults, _) = faults.map_err(|e| self.setback(&e))?;

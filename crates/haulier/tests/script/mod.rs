@@ -7,8 +7,8 @@ use std::time::Duration;
 use haulier_proto::frame::Kind;
 use haulier_proto::id::{MigrationId, Secret};
 use haulier_proto::message::{
-    self, Begin, Commit, Failure, Findings, Held, ImagesDone, Offer, Prepared, Requirements,
-    Resumed, Role, RoundEnd, control,
+    self, Begin, Commit, Complete, Failure, Findings, Held, ImagesDone, Offer, Prepared,
+    Requirements, Resumed, Role, RoundEnd, control,
 };
 use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
@@ -52,6 +52,7 @@ pub(crate) struct Incoming {
     pub(crate) purpose: Purpose,
     pub(crate) command: Channel,
     streams: Vec<JoinHandle<(Kind, u64, u32)>>,
+    packets: Option<Channel>,
 }
 
 impl Destination {
@@ -83,22 +84,24 @@ impl Destination {
             purpose,
             command,
             streams: Vec::new(),
+            packets: None,
         }
     }
 
     /// A migration whose source has begun.
-    pub(crate) fn until_begun(&self) -> (Incoming, u32) {
+    pub(crate) fn until_begun(&self) -> (Incoming, Begin) {
         let mut incoming = self.until_checked();
         incoming.say(control::Body::Findings(Findings::default()));
         match incoming.hear() {
-            control::Body::Begin(begin) => (incoming, begin.memory_streams),
+            control::Body::Begin(begin) => (incoming, begin),
             other => panic!("{other:?} instead of a beginning"),
         }
     }
 
     /// A migration that has been sent whole: what came is what the source says it sent.
     pub(crate) fn until_offered(&self) -> Incoming {
-        let (mut incoming, memory) = self.until_begun();
+        let (mut incoming, begin) = self.until_begun();
+        let memory = begin.memory_streams;
         incoming.say(control::Body::Prepared(Prepared {}));
         for role in [Role::Images]
             .into_iter()
@@ -108,6 +111,10 @@ impl Destination {
             assert_eq!(purpose.migration, incoming.purpose.migration);
             assert_eq!(purpose.secret, incoming.purpose.secret);
             incoming.streams.push(thread::spawn(|| drain(channel)));
+        }
+        // Held open: packets may come to the end.
+        if begin.packets {
+            incoming.packets = Some(self.accept(Role::Packets).0);
         }
         let (mut pages, mut images, mut rounds) = (0, 0, 0);
         for stream in incoming.streams.drain(..) {
@@ -152,6 +159,7 @@ impl Destination {
             purpose,
             command,
             streams: Vec::new(),
+            packets: None,
         };
         assert_eq!(incoming.hear(), control::Body::Commit(Commit {}));
         incoming
@@ -159,8 +167,15 @@ impl Destination {
 }
 
 impl Incoming {
+    /// A destination that says "resumed" also says, soon after, that every page is placed.
     pub(crate) fn say(&mut self, body: control::Body) {
+        let complete = matches!(body, control::Body::Resumed(_));
         self.command.send_control(body, &long()).unwrap();
+        if complete {
+            let complete = control::Body::Complete(Complete::default());
+            // The source may have gone already, or be killed by the test.
+            let _ = self.command.send_control(complete, &long());
+        }
     }
 
     pub(crate) fn hear(&mut self) -> control::Body {

@@ -1,0 +1,171 @@
+//! Pages that arrive after the target: over a link that breaks, to a host whose server is killed, and
+//! for a target that somebody wants to move on meanwhile.
+
+mod stage;
+
+use std::net::SocketAddr;
+
+use haulier_lab::workloads::{RedisClient, check_redis, fill_redis, start_redis};
+use haulier_lab::{Captured, Process, Signal};
+use stage::{LONG, MOVING_V4, Stage, eventually};
+
+const HAULIER: &str = env!("CARGO_BIN_EXE_haulier");
+const NOTHING_TOUCHED: i32 = 3;
+/// Bytes of values, which at [`RATE`] take some seconds.
+const DATA: u64 = 24 << 20;
+const RATE: &str = "60mbit";
+const SEED: u64 = 11;
+
+/// A Redis that runs on host 2 while its pages are still on host 1.
+struct Moving {
+    stage: Stage,
+    servers: Vec<Captured>,
+    redis: Process,
+    client: RedisClient,
+    migration: Captured,
+}
+
+impl Moving {
+    fn set(mode: &str) -> Moving {
+        let stage = Stage::set(3, HAULIER);
+        stage.give_addresses(1);
+        let redis = start_redis(stage.host(1), 6379).unwrap();
+        let on_host3 = stage.host(3);
+        let fill = || fill_redis(server(), SEED, DATA);
+        on_host3.in_network(fill).unwrap().unwrap();
+        let client = on_host3.in_network(|| RedisClient::start(server()));
+        let client = client.unwrap().unwrap();
+        client.wait_for_operations(500, LONG).unwrap();
+        let servers = vec![stage.serve(1), stage.serve(2)];
+        stage.lab.shape(Some(RATE)).unwrap();
+        let options = [
+            "--move-ip",
+            "10.77.0.100/24@eth0",
+            "--mode",
+            mode,
+            "--compress",
+            "none",
+            "--json",
+        ];
+        let migration = stage.migration(1, redis.pid(), 2, &options);
+        let migration = migration.spawn_captured().unwrap();
+        servers[1]
+            .wait_for_output("the target runs here", LONG)
+            .unwrap();
+        Moving {
+            stage,
+            servers,
+            redis,
+            client,
+            migration,
+        }
+    }
+}
+
+/// Every value is right.
+#[track_caller]
+fn assert_whole(stage: &Stage) {
+    let check = || check_redis(server(), SEED, DATA);
+    let check = stage.host(3).in_network(check).unwrap().unwrap();
+    assert_eq!(check.wrong, 0, "{:?}", check.first_wrong);
+}
+
+fn server() -> SocketAddr {
+    format!("{MOVING_V4}:6379").parse().unwrap()
+}
+
+/// Every connection of haulier's is reset, and none can be made for a moment.
+fn break_the_link(stage: &Stage) {
+    let host = stage.host(1);
+    let nft = |line: &str| host.run(["nft", line]).unwrap().success();
+    nft("add table ip breaker");
+    nft("add chain ip breaker out { type filter hook output priority 0; }");
+    nft("add rule ip breaker out tcp dport 7000 reject with tcp reset");
+    eventually("no connection is left", || {
+        let line = "ss -Htn state established dport = :7000";
+        host.shell(line).unwrap().success().is_empty()
+    });
+    nft("delete table ip breaker");
+}
+
+#[test]
+fn a_link_that_breaks_is_made_anew_and_every_page_comes() {
+    let moving = Moving::set("post-copy");
+    break_the_link(&moving.stage);
+    let Moving {
+        stage,
+        client,
+        migration,
+        servers: _servers,
+        ..
+    } = moving;
+    let output = migration.finish(LONG).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", output.stderr);
+    let report: serde_json::Value = serde_json::from_str(&output.stdout).unwrap();
+    assert!(
+        report["post_copy"]["reconnects"].as_u64().unwrap() > 0,
+        "{report}"
+    );
+    stage.lab.shape(None).unwrap();
+    assert_whole(&stage);
+    client.stop().clean();
+    stage.assert_clean(1, &["cgroup /redis"]);
+}
+
+#[test]
+fn a_target_whose_pages_still_arrive_cannot_be_moved_on() {
+    let moving = Moving::set("post-copy");
+    let pid = moving.redis.pid();
+    let options = ["--move-ip", "10.77.0.100/24@eth0"];
+    let refused = moving.stage.migrate(2, pid, 1, &options);
+    assert_eq!(
+        refused.status.code(),
+        Some(NOTHING_TOUCHED),
+        "{}",
+        refused.stderr
+    );
+    assert!(
+        refused.stderr.contains("still arriving"),
+        "{}",
+        refused.stderr
+    );
+    moving.stage.lab.shape(None).unwrap();
+    let output = moving.migration.finish(LONG).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", output.stderr);
+    assert_whole(&moving.stage);
+    // Whole, it can.
+    moving.stage.moved(2, pid, 1, &options);
+    moving.client.stop().clean();
+}
+
+#[test]
+fn a_server_that_is_killed_takes_a_target_that_lacks_pages_with_it() {
+    let moving = Moving::set("post-copy");
+    let pid = moving.redis.pid();
+    moving.servers[1].process.kill(Signal::KILL).unwrap();
+    eventually("the target is gone, rather than left with zeros", || {
+        !moving.stage.host(2).process_alive(pid)
+    });
+    // Its frozen tasks are still where they were, and a person may let them run on from there.
+    assert!(moving.stage.host(1).process_alive(pid));
+    moving.migration.process.kill(Signal::KILL).unwrap();
+    let _ = moving.migration.finish(LONG).unwrap();
+    moving.stage.lab.shape(None).unwrap();
+    let id = moving
+        .stage
+        .host(1)
+        .shell("ls /var/lib/haulier")
+        .unwrap()
+        .success();
+    // The server that starts next removes what the killed one left there.
+    let _server = moving.stage.serve(2);
+    let resolve = ["resolve", id.trim(), "here"];
+    moving
+        .stage
+        .haulier(1)
+        .args(resolve)
+        .output(LONG)
+        .unwrap()
+        .success();
+    assert_whole(&moving.stage);
+}
