@@ -12,6 +12,9 @@ const RESET_ON_FORK: libc::c_int = 0x4000_0000;
 /// Some ten times the usual share.
 const BRISK: i32 = -10;
 
+/// Some tenth of the usual share.
+const BACKGROUND: i32 = 10;
+
 /// Has the calling thread run as soon as it can, ahead of all threads of the usual kind: for work of
 /// microseconds that others stand still for. It must never compute for long.
 ///
@@ -30,6 +33,16 @@ pub fn urgent() -> io::Result<()> {
 /// What `sched_setscheduler(2)` says.
 pub fn bulk() -> io::Result<()> {
     set(libc::SCHED_BATCH, 0)
+}
+
+/// As [`bulk`], with a tenth of the usual share where processors are short: for work that nobody waits
+/// for while others do.
+///
+/// # Errors
+/// What `sched_setscheduler(2)` and `setpriority(2)` say.
+pub fn background() -> io::Result<()> {
+    set(libc::SCHED_BATCH, 0)?;
+    Ok(rustix::process::setpriority_process(None, BACKGROUND)?)
 }
 
 /// Gives the calling thread a larger share than others: for work that others wait for and that has to

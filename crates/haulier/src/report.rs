@@ -283,6 +283,15 @@ pub struct Step {
     pub milliseconds: f64,
 }
 
+impl From<&PhaseTime> for Step {
+    fn from(time: &PhaseTime) -> Step {
+        Step {
+            name: time.name.clone(),
+            milliseconds: (time.micros as f64 / 100.0).round() / 10.0,
+        }
+    }
+}
+
 /// A migration that succeeded.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
@@ -326,6 +335,8 @@ pub struct Report {
     pub total_ms: f64,
     /// The source's phases.
     pub phases: Vec<Step>,
+    /// The source's steps, within its phases.
+    pub source_steps: Vec<Step>,
     /// The destination's steps, within the source's.
     pub destination_steps: Vec<Step>,
     /// What could not be removed or undone.
@@ -357,18 +368,19 @@ impl Report {
             downtime_ms: 0.0,
             total_ms: 0.0,
             phases: Vec::new(),
+            source_steps: Vec::new(),
             destination_steps: Vec::new(),
             left: Vec::new(),
             failure: None,
         }
     }
 
-    pub(crate) fn there(&mut self, phases: &[PhaseTime]) {
-        let step = |phase: &PhaseTime| Step {
-            name: phase.name.clone(),
-            milliseconds: phase.micros as f64 / 1000.0,
-        };
-        self.destination_steps.extend(phases.iter().map(step));
+    pub(crate) fn here(&mut self, steps: &[PhaseTime]) {
+        self.source_steps.extend(steps.iter().map(Step::from));
+    }
+
+    pub(crate) fn there(&mut self, steps: &[PhaseTime]) {
+        self.destination_steps.extend(steps.iter().map(Step::from));
     }
 
     pub(crate) fn frozen_because(&mut self, why: Reason, predicted: Option<Duration>) {
@@ -479,6 +491,7 @@ impl Report {
             )?;
         }
         write_steps(out, &self.source, &self.phases)?;
+        write_steps(out, "", &self.source_steps)?;
         write_steps(out, &self.destination, &self.destination_steps)?;
         for left in &self.left {
             writeln!(out, "  left behind: {left}")?;

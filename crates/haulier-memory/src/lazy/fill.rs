@@ -23,8 +23,8 @@ const IDLE: Duration = Duration::from_secs(1);
 /// Body of the filling thread number `index`.
 pub(super) fn run(shared: &Shared, index: usize) {
     let _guard = PanicGuard(shared);
-    // Those who answer faults go first.
-    let _ = priority::bulk();
+    // The restore, the target itself and its faults go first.
+    let _ = priority::background();
     let mut pruned = Instant::now();
     while let Some((version, spaces)) = shared.work() {
         let mut pass = Pass::default();

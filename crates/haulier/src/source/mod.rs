@@ -40,7 +40,7 @@ use crate::directories::state_directory;
 use crate::failure::Failure;
 use crate::journal::{Holding, Journal};
 use crate::report::{Progress, Report};
-use crate::timeline::Timeline;
+use crate::timeline::{Stopwatch, Timeline};
 
 /// How long the way back may take, step by step: it is not cancelled.
 const UNDO_TIME: Duration = Duration::from_secs(30);
@@ -305,7 +305,9 @@ impl<'a> Migration<'a> {
             unreachable!("dumped before prepared")
         };
         streams.lift_bandwidth_limit();
+        let mut clock = Stopwatch::new();
         let dirty = rounds.finish();
+        clock.lap("last look");
         self.timeline.enter(Phase::Dump);
         let plan = &self.plan;
         let behind = self.leave_behind;
@@ -317,8 +319,11 @@ impl<'a> Migration<'a> {
                         .send_round(dirty.clone(), &[], false, &wait)
                         .map(Some),
                 });
-                (target.capture(plan, &wait), sent.join())
+                let skeleton = target.capture(plan, &wait);
+                clock.lap("skeleton");
+                (skeleton, sent.join())
             });
+            clock.lap("last round");
             let skeleton = skeleton?;
             let sent = sent.map_err(|_| "the sender of pages panicked")??;
             if sent.is_some() {
@@ -327,6 +332,7 @@ impl<'a> Migration<'a> {
             Ok((skeleton, sent))
         });
         let (skeleton, sent) = result.map_err(|e| self.setback(&*e))?;
+        self.report.here(&clock.take());
         if let Some(stats) = &sent {
             self.report.sent_round(stats, true);
         }
@@ -553,12 +559,16 @@ impl<'a> Migration<'a> {
         let Some(target) = &mut self.target else {
             unreachable!("frozen before prepared")
         };
+        let mut clock = Stopwatch::new();
         let result = target.freeze(&self.plan, &scope, &wait);
+        clock.lap("stop");
         if let (Ok(()), Some(streams)) = (&result, &mut self.streams) {
             if let Some(channel) = streams.packets.take() {
                 target.forward(&self.plan, channel);
+                clock.lap("packets");
             }
         }
+        self.report.here(&clock.take());
         result.map_err(|e| self.setback(&*e))
     }
 
