@@ -94,18 +94,17 @@ pub(super) fn look(
 }
 
 /// The last look, at tasks that stand still.
-pub(super) fn finish(
+pub(super) fn last(
     spaces: &mut BTreeMap<TaskId, Protected>,
     tasks: &[TaskId],
 ) -> Result<Vec<TaskScan>, TrackError> {
-    let mut spaces = std::mem::take(spaces);
     let mut scans = Vec::with_capacity(tasks.len());
     for task in tasks {
-        let known = spaces.remove(task).filter(|space| {
+        let known = spaces.get_mut(task).filter(|space| {
             let now = Identity::of(task.pid);
             now.is_ok_and(|now| now == Some(space.identity))
         });
-        let scan = match known.map(|mut space| space.last(*task)) {
+        let scan = match known.map(|space| space.last(*task)) {
             Some(Ok(scan)) => Some(scan),
             Some(Err(Failure::Io(source))) => {
                 return Err(TrackError::Read {

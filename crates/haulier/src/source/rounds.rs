@@ -114,13 +114,13 @@ impl Rounds {
         Ok((RoundReport::new(&round, &stats), stats))
     }
 
-    /// The last look, with the tasks frozen; tracking ends. Returns what was written since the last
+    /// The last look, with the tasks frozen. Tracking ends with the migration. Returns what was written since the last
     /// round, as far as that is known.
     pub(super) fn finish(&mut self) -> Result<Vec<TaskPages>, AnyError> {
         let Some(tracker) = &mut self.tracker else {
             return Ok(Vec::new());
         };
-        let scan = tracker.finish(&tasks(self.root)?)?;
+        let scan = tracker.last_look(&tasks(self.root)?)?;
         // What the last look of the rounds found was written, and may not have been since.
         let mut dirty: Vec<(u32, RangeSet)> = Vec::new();
         let earlier = self.due.take();
