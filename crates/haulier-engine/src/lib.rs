@@ -12,8 +12,7 @@
 //! the [`Action`]s to perform, in order; a failure to perform one is fed back as an event. The
 //! shell around it owns sockets, CRIU and clocks.
 //!
-//! Beside the hand-over, [`convergence`] is the rule that ends the rounds of pre-copy, and
-//! [`statistics`] what there is to tell afterwards.
+//! Beside the hand-over, [`convergence`] is the rule that ends the rounds of pre-copy.
 //!
 //! [`Event`]: source::Event
 //! [`Action`]: source::Action
@@ -23,4 +22,3 @@ pub mod destination;
 pub mod journal;
 pub mod phase;
 pub mod source;
-pub mod statistics;

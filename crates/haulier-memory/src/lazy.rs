@@ -30,8 +30,8 @@ use std::time::Instant;
 use haulier_criu::lazy_socket::{LazyListener, LazySocketError};
 
 use crate::page::PageRange;
-use crate::store::PageStore;
 use crate::ranges::RangeSet;
+use crate::store::PageStore;
 use desk::Desk;
 use guard::Guard;
 use shared::Shared;

@@ -505,7 +505,7 @@ mod tests {
                 pages: 9,
                 images: 3,
                 left_behind: 5,
-            rounds: 2,
+                rounds: 2,
             }),
             control::Body::Held(Held {
                 phases: vec![phase.clone()],

@@ -192,13 +192,7 @@ impl Lane {
         Ok(stats)
     }
 
-    fn end(
-        &mut self,
-        round: u32,
-        pages: u64,
-        last: bool,
-        wait: &Wait,
-    ) -> Result<(), StreamError> {
+    fn end(&mut self, round: u32, pages: u64, last: bool, wait: &Wait) -> Result<(), StreamError> {
         let end = RoundEnd { round, pages, last };
         self.channel.send_message(Kind::RoundEnd, &end, wait)?;
         if last {
@@ -206,8 +200,7 @@ impl Lane {
         }
         // The kernel takes megabytes that the peer has not seen: without its word neither the rate
         // would be known, nor what the store has.
-        let taken: RoundEnd =
-            self.channel.receive_message(Kind::RoundEnd, wait)?;
+        let taken: RoundEnd = self.channel.receive_message(Kind::RoundEnd, wait)?;
         match taken == end {
             true => Ok(()),
             false => Err(StreamError::Round {

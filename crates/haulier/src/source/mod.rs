@@ -5,22 +5,20 @@ mod forwarding;
 mod link;
 mod pages;
 mod plan;
+mod pre_copy;
 mod ready;
 mod rounds;
 mod settle;
+mod switchover;
 mod target;
 
-use std::thread;
 use std::time::{Duration, Instant};
 
-use haulier_criu::skeleton::Skeleton;
-use haulier_engine::convergence::{self, Decision, Mode, OnStall};
+use haulier_engine::convergence::{Mode, OnStall};
 use haulier_engine::phase::Phase;
 use haulier_engine::source::{Action, Event, Source};
-use haulier_memory::ranges::RangeSet;
-use haulier_memory::stream::StreamOptions;
 use haulier_proto::id::MigrationId;
-use haulier_proto::message::{Begin, Commit, Offer, PUSH_ROUND, control};
+use haulier_proto::message::{Begin, Commit, Offer, control};
 use haulier_targets::network::LockScope;
 use haulier_transport::tcp;
 use haulier_transport::wait::{Cancel, Wait};
@@ -33,7 +31,7 @@ use self::link::{Dialer, Link};
 use self::pages::{Also, Streams};
 use self::plan::Plan;
 use self::ready::{Ready, interrupted};
-use self::rounds::{Rounds, ranges_by_task};
+use self::rounds::Rounds;
 use self::target::Target;
 use crate::commands::Incoming;
 use crate::directories::state_directory;
@@ -211,206 +209,6 @@ impl<'a> Migration<'a> {
             .as_ref()
             .and_then(|link| tcp::local_address(link.channel()));
         pages::suitable_streams(local.map(|address| address.ip()))
-    }
-
-    /// Sends memory in rounds while the target runs, until the stop rule says how it ends.
-    fn pre_copy(&mut self) -> Result<(), Setback> {
-        let mode = self.plan.mode;
-        let tracker = self
-            .plan
-            .tracker
-            .filter(|_| matches!(mode, Mode::PreCopy | Mode::Hybrid));
-        let memory = self.plan.memory_bytes;
-        self.report.mode = mode;
-        self.report.tracker = tracker.map(|tracker| tracker.to_string());
-        self.rounds = Some(Rounds::new(self.plan.tree.root(), tracker, memory));
-        if tracker.is_some() {
-            self.timeline.enter(Phase::PreCopy);
-        }
-        let end = self.rounds_until_the_end(mode);
-        // A throttled target dumps slowly, and goes on at full speed whatever happens.
-        if let Some(target) = &mut self.target {
-            target.end_throttle();
-        }
-        self.leave_behind = end?;
-        Ok(())
-    }
-
-    /// Whether pages are to be left here.
-    fn rounds_until_the_end(&mut self, mode: Mode) -> Result<bool, Setback> {
-        let policy = &self.options.policy;
-        loop {
-            let Some(rounds) = &mut self.rounds else {
-                unreachable!("rounds before they were prepared")
-            };
-            let decision = convergence::decide(policy, mode, rounds.measured());
-            if !matches!(decision, Decision::Another) {
-                self.progress.decided(&decision);
-            }
-            match decision {
-                Decision::Another => {}
-                Decision::Throttle { percent, .. } => self.throttle(percent)?,
-                Decision::Freeze {
-                    left_behind,
-                    why,
-                    predicted,
-                } => {
-                    self.report.frozen_because(why, predicted);
-                    return Ok(left_behind);
-                }
-                Decision::GiveUp { why } => {
-                    let what = format!("given up before the freeze: {why}");
-                    let failure = Failure::new(&self.plan.host.name, Phase::PreCopy, what);
-                    let remedy = "allow more with --max-downtime, or choose another --on-stall";
-                    return Err(Setback::Here(failure.remedy(remedy)));
-                }
-            }
-            self.round()?;
-        }
-    }
-
-    fn round(&mut self) -> Result<(), Setback> {
-        let wait = self.stop.wait_idle(self.options.step_time);
-        let (Some(rounds), Some(streams), Some(target)) =
-            (&mut self.rounds, &mut self.streams, &self.target)
-        else {
-            unreachable!("a round before it was prepared")
-        };
-        let result = rounds.round(streams, target.groups(), &wait);
-        let (report, stats) = result.map_err(|e| self.setback(&*e))?;
-        self.progress.round(&report);
-        self.report.sent_round(&stats, false);
-        self.report.rounds.push(report);
-        Ok(())
-    }
-
-    fn throttle(&mut self, percent: u8) -> Result<(), Setback> {
-        let (Some(target), Some(journal)) = (&mut self.target, &mut self.journal) else {
-            unreachable!("throttled before it was prepared")
-        };
-        let result = target.throttle(percent, journal);
-        result.map_err(|e| self.setback(&*e))?;
-        if let Some(rounds) = &mut self.rounds {
-            rounds.throttled(percent);
-        }
-        Ok(())
-    }
-
-    /// Has CRIU write the skeleton, while what was written last is already on its way.
-    fn dump(&mut self) -> Result<Skeleton, Setback> {
-        let wait = self.step();
-        let (Some(target), Some(rounds), Some(streams)) =
-            (&mut self.target, &mut self.rounds, &mut self.streams)
-        else {
-            unreachable!("dumped before prepared")
-        };
-        streams.lift_bandwidth_limit();
-        let mut clock = Stopwatch::new();
-        let dirty = rounds.finish();
-        clock.lap("last look");
-        self.timeline.enter(Phase::Dump);
-        let plan = &self.plan;
-        let behind = self.leave_behind;
-        let result = dirty.and_then(|dirty| {
-            let (skeleton, sent) = thread::scope(|scope| {
-                let sent = scope.spawn(|| match behind || dirty.is_empty() {
-                    true => Ok(None),
-                    false => streams
-                        .send_round(dirty.clone(), &[], false, &wait)
-                        .map(Some),
-                });
-                let skeleton = target.capture(plan, &wait);
-                clock.lap("skeleton");
-                (skeleton, sent.join())
-            });
-            clock.lap("last round");
-            let skeleton = skeleton?;
-            let sent = sent.map_err(|_| "the sender of pages panicked")??;
-            if sent.is_some() {
-                rounds.sent(&dirty);
-            }
-            Ok((skeleton, sent))
-        });
-        let (skeleton, sent) = result.map_err(|e| self.setback(&*e))?;
-        self.report.here(&clock.take());
-        if let Some(stats) = &sent {
-            self.report.sent_round(stats, true);
-        }
-        self.report.processes = skeleton.tasks.len();
-        self.report.threads = skeleton.tasks.iter().map(|task| task.threads.len()).sum();
-        Ok(skeleton)
-    }
-
-    /// Sends the skeleton and, unless they are left behind, the pages that the destination lacks.
-    /// It restores them as they come.
-    fn send(&mut self, skeleton: &Skeleton) -> Result<Event, Setback> {
-        self.timeline.enter(Phase::Send);
-        let wait = self.step();
-        let (Some(rounds), Some(streams)) = (&self.rounds, &mut self.streams) else {
-            unreachable!("sent before prepared");
-        };
-        let lazy = pages::lazy_pages(skeleton);
-        let missing: Vec<(u32, RangeSet)> = lazy
-            .iter()
-            .map(|(task, pages)| (*task, rounds.missing(*task, pages)))
-            .collect();
-        let behind = self.leave_behind && missing.iter().any(|(_, pages)| !pages.is_empty());
-        // The destination may have any of them in an old version, which it would place as soon as it
-        // has the images.
-        let is_stale = streams.rounds() > 0 && missing.iter().any(|(_, pages)| !pages.is_empty());
-        if is_stale {
-            let discard = ranges_by_task(missing.clone());
-            let dropped = streams.send_round(Vec::new(), &discard, false, &wait);
-            let dropped = dropped.map_err(|e| self.setback(&e))?;
-            self.report.sent_round(&dropped, true);
-        }
-        let (Some(target), Some(rounds), Some(streams)) =
-            (&self.target, &self.rounds, &mut self.streams)
-        else {
-            unreachable!("sent before prepared");
-        };
-        let pages = |(task, set): &(u32, RangeSet)| pages::task_pages(*task, set.iter().collect());
-        let tasks = match behind {
-            true => Vec::new(),
-            false => missing.iter().map(pages).collect(),
-        };
-        let directory = target.directory().path();
-        let sent = streams.send_last(directory, tasks, &wait);
-        let hot = |(task, set): &(u32, RangeSet)| (*task, rounds.by_heat(*task, set));
-        let left = behind.then(|| missing.iter().map(hot).collect());
-        let images_wire_bytes = streams.images.wire_bytes();
-        let ahead = rounds.ahead();
-        let (images, stats) = sent.map_err(|e| self.setback(&*e))?;
-        self.report.sent_round(&stats, true);
-        self.report.sent.images = images.images;
-        self.report.sent.image_bytes = images.bytes;
-        self.report.sent.images_wire_bytes = images_wire_bytes;
-        self.report.sent.ahead_pages = ahead.sent;
-        let Some(left) = left else {
-            return Ok(Event::AllSent);
-        };
-        let options = StreamOptions {
-            compression: self.options.compression,
-            ..StreamOptions::default()
-        };
-        let behind = Behind::new(left, options).map_err(|e| self.setback(&e))?;
-        self.report.left_behind = behind.remaining();
-        self.behind = Some(behind);
-        Ok(Event::SkeletonSent)
-    }
-
-    /// The destination's CRIU itself waits for pages that are left here: they are served before the
-    /// commit already.
-    fn serve_from_now_on(&mut self) -> Result<(), Setback> {
-        let (Some(behind), Some(streams)) = (&mut self.behind, &mut self.streams) else {
-            return Ok(());
-        };
-        let memory = streams.take_memory();
-        let Some(faults) = streams.faults.take() else {
-            unreachable!("pages are left behind without a connection for faults")
-        };
-        let started = behind.start(faults, memory, PUSH_ROUND);
-        started.map_err(|e| self.setback(&e))
     }
 
     fn await_held(&mut self) -> Result<(), Setback> {

@@ -61,7 +61,7 @@ fn shares_add_up() {
 fn a_group_with_the_controller_is_limited_by_its_own_file() {
     let pretended = Pretended::new();
     fs::write(pretended.group.path().join("cpu.max"), "max 100000").unwrap();
-    let mut throttle = Throttle::prepare(&[pretended.group.clone()], "x").unwrap();
+    let mut throttle = Throttle::prepare(std::slice::from_ref(&pretended.group), "x").unwrap();
     let mut recorded = Vec::new();
     let mut record = |path: &Path| {
         recorded.push(path.to_owned());
@@ -96,7 +96,7 @@ fn a_controller_that_was_enabled_in_vain_is_disabled_again() {
         Ok(())
     };
     // No cpu.max appears: this is no kernel.
-    let taken = take_cpu_max(&[pretended.group.clone()], &mut record).unwrap();
+    let taken = take_cpu_max(std::slice::from_ref(&pretended.group), &mut record).unwrap();
     assert_eq!(taken, None);
     assert_eq!(fs::read_to_string(&control).unwrap(), "-cpu");
     assert_eq!(*recorded.borrow(), [control]);
@@ -106,7 +106,7 @@ fn a_controller_that_was_enabled_in_vain_is_disabled_again() {
 fn what_cannot_be_recorded_is_not_made() {
     let pretended = Pretended::new();
     fs::write(pretended.group.path().join("cpu.max"), "untouched").unwrap();
-    let mut throttle = Throttle::prepare(&[pretended.group.clone()], "x").unwrap();
+    let mut throttle = Throttle::prepare(std::slice::from_ref(&pretended.group), "x").unwrap();
     let mut record = |_: &Path| Err(io::Error::other("the disk is full"));
     let error = throttle.set(50, &mut record).unwrap_err();
     assert!(
