@@ -7,9 +7,9 @@
 //! With [`PolicyKind::Downtime`] the rounds end
 //!
 //! * when what is left fits: remaining pages ÷ measured bandwidth + fixed cost is within the
-//!   limit. One more round is made of something that fits only if the last one at least halved
-//!   what is left and the next can be expected to save a quarter of the fixed cost: a round costs
-//!   the target little, while the downtime is what its users see;
+//!   limit. One more round is made of something that fits only if the last one took at least a
+//!   quarter off what is left and the next can be expected to save a sixteenth of the fixed cost: a
+//!   round costs the target little, while the downtime is what its users see;
 //! * when the fixed cost alone is beyond the limit, and a round can save no more than a tenth of
 //!   it. No round makes that cost smaller. With [`OnStall::Abort`] it is given up at once;
 //! * when rounds no longer shrink ([`OnStall`] says how it goes on), or when the limit of rounds
@@ -130,12 +130,13 @@ fn aim_at_downtime(policy: &Policy, mode: Mode, measured: &Measurements) -> Deci
     let goal = policy
         .max_downtime
         .max(measured.fixed.saturating_add(measured.fixed / 10));
-    if predict_downtime(measured).is_some_and(|predicted| predicted <= goal) {
+    let predicted = predict_downtime(measured);
+    if predicted.is_some_and(|predicted| predicted <= goal) {
         let may_go_on = limit.is_none() && !is_stalled(&measured.rounds);
         if may_go_on && another_round_pays(measured) {
             return Decision::Another;
         }
-        let why = if is_beyond_reach {
+        let why = if predicted > Some(policy.max_downtime) {
             Reason::FixedCost
         } else {
             Reason::Converged
@@ -211,7 +212,7 @@ fn another_round_pays(measured: &Measurements) -> bool {
     let Some(last) = measured.rounds.last() else {
         return false;
     };
-    let has_halved = last.found <= last.pages / 2;
+    let shrinks = last.found <= last.pages / 4 * 3;
     let (Some(now), Some(rate)) = (
         estimate::time_to_send(&measured.rounds, last.found),
         dirty_rate(&measured.rounds),
@@ -221,7 +222,7 @@ fn another_round_pays(measured: &Measurements) -> bool {
     let left_then = (rate * now.as_secs_f64()) as u64;
     let saved = estimate::time_to_send(&measured.rounds, left_then)
         .map_or(Duration::ZERO, |then| now.saturating_sub(then));
-    has_halved && saved > measured.fixed / 4
+    shrinks && saved > measured.fixed / 16
 }
 
 /// Whether the last rounds with the present throttle made no progress: none left less than the

@@ -16,6 +16,7 @@ struct Model {
     round_trip: f64,
 }
 
+#[derive(Debug)]
 struct Outcome {
     decision: Decision,
     rounds: Vec<Round>,
@@ -210,7 +211,8 @@ proptest! {
         let outcome = model.run(&policy, mode);
         prop_assert!(outcome.rounds.len() <= policy.max_rounds as usize);
         if why(outcome.decision) == Reason::Converged && mode == Mode::PreCopy {
-            prop_assert!(model.downtime(&outcome) <= policy.max_downtime + Duration::from_millis(10));
+            let stood = model.downtime(&outcome);
+            prop_assert!(stood <= policy.max_downtime + Duration::from_millis(10), "{stood:?} {outcome:?}");
         }
     }
 }

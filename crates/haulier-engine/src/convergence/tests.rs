@@ -113,7 +113,7 @@ fn the_rounds_end_when_what_is_left_fits() {
     let decision = decide(
         &Policy::default(),
         Mode::PreCopy,
-        &measured(plain(20_000, &[3000, 1900])),
+        &measured(plain(20_000, &[2100, 1900])),
     );
     assert_eq!(
         decision,
@@ -141,9 +141,9 @@ fn what_fits_but_can_still_be_made_much_less_gets_another_round() {
         frozen(decide(&[20_000, 1000, 50])),
         Some((false, Reason::Converged))
     );
-    // Not halved: waiting for more is not worth it.
+    // Hardly less: waiting for more is not worth it.
     assert_eq!(
-        frozen(decide(&[20_000, 2500, 1900])),
+        frozen(decide(&[20_000, 2500, 2000])),
         Some((false, Reason::Converged))
     );
 }
@@ -295,9 +295,9 @@ fn the_limits_end_rounds_that_shrink() {
 fn a_fixed_cost_beyond_the_limit_is_not_waited_for() {
     let big = Measurements {
         fixed: 400 * MS,
-        ..measured(plain(2_000_000, &[100_000, 5000, 300]))
+        ..measured(plain(2_000_000, &[100_000, 5000, 200]))
     };
-    // 300 pages are 30 ms, less than a tenth of it.
+    // 200 pages are 20 ms, less than a tenth of it.
     let decision = decide(&policy(OnStall::PostCopy), Mode::PreCopy, &big);
     assert_eq!(frozen(decision), Some((false, Reason::FixedCost)));
     assert_eq!(

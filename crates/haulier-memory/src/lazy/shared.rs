@@ -14,9 +14,8 @@ use super::space::Space;
 use super::stats::FillStats;
 use super::todo::Todo;
 use super::{LazyError, Options};
-use crate::page::{PAGE, PageRange};
 use crate::ranges::RangeSet;
-use crate::store::{Lookup, Watcher};
+use crate::store::Watcher;
 
 pub(super) struct Shared {
     pub(super) desk: Desk,
@@ -293,17 +292,8 @@ impl Shared {
     /// meanwhile. What a thread has in hand has arrived.
     fn add_missing(&self, vpid: u32, todo: &Todo, missing: &mut RangeSet) {
         for part in todo.unclaimed() {
-            let (mut at, end) = (part.image, part.image_range().end());
-            while at < end {
-                let range = PageRange::between(at, end);
-                at = match self.desk.store.lookup(vpid, at, range.pages) {
-                    Lookup::Absent { next, .. } => {
-                        let next = next.map_or(end, |next| next.min(end));
-                        missing.insert(PageRange::between(at, next));
-                        next
-                    }
-                    here => at + here.pages() * PAGE,
-                };
+            for range in self.desk.store.absent(vpid, part.image_range()) {
+                missing.insert(range);
             }
         }
     }

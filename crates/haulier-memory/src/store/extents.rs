@@ -135,6 +135,26 @@ impl Extents {
     }
 
     /// Adds `[start, end)`, where nothing is.
+    /// The parts of a range that no extent covers.
+    pub(super) fn gaps(&self, range: PageRange) -> Vec<PageRange> {
+        let mut gaps = Vec::new();
+        let before = self.by_start.range(..range.start).next_back();
+        let end = |start: &u64, extent: &Extent| start + extent.pages * PAGE;
+        let mut at = before.map_or(range.start, |(start, extent)| {
+            end(start, extent).max(range.start)
+        });
+        for (start, extent) in self.by_start.range(range.start..range.end()) {
+            if *start > at {
+                gaps.push(PageRange::between(at, *start));
+            }
+            at = at.max(end(start, extent));
+        }
+        if at < range.end() {
+            gaps.push(PageRange::between(at, range.end()));
+        }
+        gaps
+    }
+
     fn put(&mut self, start: u64, end: u64, round: u32, content: Content) {
         let pages = (end - start) / PAGE;
         // Zero pages come in many small runs that lie side by side.

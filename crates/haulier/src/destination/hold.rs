@@ -144,11 +144,6 @@ impl Hold {
         self.root = parked.root();
         clock.lap("restore");
 
-        // Every mapping is registered from here on, so the pages can be put in place while CRIU
-        // goes on.
-        if let Some(lazy) = &mut self.lazy {
-            lazy.fill()?;
-        }
         // From here on a CRIU that dies, or is let go of, lets the tasks run, which nobody has
         // decided yet: whatever fails before they are frozen kills them first.
         let kill = || {
@@ -162,6 +157,10 @@ impl Hold {
         freeze().inspect_err(|_| kill())?;
         at_resume.detach(wait)?;
         clock.lap("sockets");
+        // Not earlier: it would compete with CRIU for processors and for the tasks' memory maps.
+        if let Some(lazy) = &mut self.lazy {
+            lazy.fill()?;
+        }
 
         Ok(())
     }

@@ -28,7 +28,20 @@ impl Migration<'_> {
             target.end_throttle();
         }
         self.leave_behind = end?;
+        if self.leave_behind {
+            self.drop_left()?;
+        }
         Ok(())
+    }
+
+    /// What is left behind takes no part in the freeze: not even its old versions' end.
+    fn drop_left(&mut self) -> Result<(), Setback> {
+        let wait = self.stop.wait_idle(self.options.step_time);
+        let (Some(rounds), Some(streams)) = (&mut self.rounds, &mut self.streams) else {
+            unreachable!("a round before it was prepared")
+        };
+        let result = rounds.drop_left(streams, &wait);
+        result.map_err(|e| self.setback(&*e))
     }
 
     /// Whether pages are to be left here.

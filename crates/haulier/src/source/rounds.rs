@@ -11,7 +11,7 @@ use haulier_memory::page::PageRange;
 use haulier_memory::ranges::RangeSet;
 use haulier_memory::shared::EagerPages;
 use haulier_memory::stream::{RoundStats, TaskPages};
-use haulier_memory::tracker::{Hold, Scan, TaskId, Tracker, TrackerKind};
+use haulier_memory::tracker::{Hold, Scan, TaskId, TaskScan, Tracker, TrackerKind};
 use haulier_sys::wait::Wait;
 use haulier_targets::cgroup::Cgroup;
 use haulier_targets::process::ProcessTree;
@@ -31,8 +31,10 @@ pub(super) struct Rounds {
     root: i32,
     tracker: Option<Tracker>,
     ledger: Ledger,
-    /// What the next round sends.
-    due: Option<Scan>,
+    /// What the next round sends, and what it says is gone.
+    due: Option<(Scan, Vec<(u32, RangeSet)>)>,
+    /// What the destination has dropped before the freeze.
+    dropped: Vec<(u32, RangeSet)>,
     looked: Instant,
     begun: Instant,
     measured: Measurements,
@@ -50,6 +52,7 @@ impl Rounds {
             tracker: kind.map(Tracker::new),
             ledger: Ledger::new(),
             due: None,
+            dropped: Vec::new(),
             looked: Instant::now(),
             begun: Instant::now(),
             measured: Measurements {
@@ -80,11 +83,11 @@ impl Rounds {
         groups: &[Cgroup],
         wait: &Wait,
     ) -> Result<(RoundReport, RoundStats), AnyError> {
-        let scan = match self.due.take() {
-            Some(scan) => scan,
+        let (scan, gone) = match self.due.take() {
+            Some(due) => due,
             None => self.look(groups)?,
         };
-        let discard = ranges_by_task(self.ledger.apply(&scan));
+        let discard = ranges_by_task(gone);
         let (tasks, pages) = written(&scan);
         let looked = self.looked;
 
@@ -99,7 +102,7 @@ impl Rounds {
         self.send_ahead(streams, wait)?;
 
         let next = self.look(groups)?;
-        let found = next.tasks.iter().map(|task| task.written.pages()).sum();
+        let found = next.0.tasks.iter().map(|task| task.written.pages()).sum();
         let round = Round {
             pages,
             zero: stats.zero_pages,
@@ -123,10 +126,7 @@ impl Rounds {
         let scan = tracker.last_look(&tasks(self.root)?)?;
         // What the last look of the rounds found was written, and may not have been since.
         let mut dirty: Vec<(u32, RangeSet)> = Vec::new();
-        let earlier = self.due.take();
-        if let Some(earlier) = &earlier {
-            self.ledger.apply(earlier);
-        }
+        let earlier = self.due.take().map(|(scan, _)| scan);
         self.ledger.apply(&scan);
         for task in &scan.tasks {
             let mut set = task.written.clone();
@@ -162,13 +162,46 @@ impl Rounds {
         self.ahead
     }
 
-    fn look(&mut self, groups: &[Cgroup]) -> Result<Scan, AnyError> {
+    /// A look, and what is gone since the one before.
+    fn look(&mut self, groups: &[Cgroup]) -> Result<(Scan, Vec<(u32, RangeSet)>), AnyError> {
         let Some(tracker) = &mut self.tracker else {
-            return Ok(Scan::default());
+            return Ok((Scan::default(), Vec::new()));
         };
         let tasks = tasks(self.root)?;
         self.looked = Instant::now();
-        Ok(tracker.scan(&tasks, &mut Groups(groups))?)
+        let scan = tracker.scan(&tasks, &mut Groups(groups))?;
+        // Now, and not when its round begins, which may be in the freeze.
+        let gone = self.ledger.apply(&scan);
+        Ok((scan, gone))
+    }
+
+    /// What the last round left, for pages that are to be left behind: the destination drops its
+    /// old versions before the freeze.
+    pub(super) fn drop_left(&mut self, streams: &mut Streams, wait: &Wait) -> Result<(), AnyError> {
+        let Some((scan, gone)) = &self.due else {
+            return Ok(());
+        };
+        let mut discard = ranges_by_task(gone.clone());
+        let written = |task: &TaskScan| (task.task, task.written.iter().collect());
+        discard.extend(scan.tasks.iter().map(written));
+        let dropped = scan
+            .tasks
+            .iter()
+            .map(|task| (task.task, task.written.clone()));
+        self.dropped = dropped.collect();
+        streams.send_round(Vec::new(), &discard, true, wait)?;
+        Ok(())
+    }
+
+    /// What of a task's pages the destination may have in an old version since then.
+    pub(super) fn stale(&self, task: u32, missing: &RangeSet) -> RangeSet {
+        let mut stale = missing.clone();
+        for (dropped, pages) in &self.dropped {
+            if *dropped == task {
+                stale.subtract(pages);
+            }
+        }
+        stale
     }
 
     /// Memory that CRIU dumps into its images is sent by content: in the first round, and later

@@ -76,9 +76,11 @@ impl Migration<'_> {
         let behind = self.leave_behind && missing.iter().any(|(_, pages)| !pages.is_empty());
         // The destination may have any of them in an old version, which it would place as soon as it
         // has the images.
-        let is_stale = streams.rounds() > 0 && missing.iter().any(|(_, pages)| !pages.is_empty());
-        if is_stale {
-            let discard = ranges_by_task(missing.clone());
+        let stale = |(task, pages): &(u32, RangeSet)| (*task, rounds.stale(*task, pages));
+        let mut stale: Vec<(u32, RangeSet)> = missing.iter().map(stale).collect();
+        stale.retain(|(_, pages)| !pages.is_empty());
+        if streams.rounds() > 0 && !stale.is_empty() {
+            let discard = ranges_by_task(stale);
             let dropped = streams.send_round(Vec::new(), &discard, false, &wait);
             let dropped = dropped.map_err(|e| self.setback(&e))?;
             self.report.sent_round(&dropped, true);
