@@ -109,6 +109,8 @@ impl Pagemap {
     /// Tells `found` every range of pages between two addresses that the query is for, ascending.
     /// What is not mapped is skipped.
     ///
+    /// A range may be told twice.
+    ///
     /// # Errors
     /// ENOTTY on kernels without the request, EPERM see [`Query::registered`]. What was found (and
     /// protected) up to the error has been told, perhaps twice; how far that was is not known.

@@ -181,10 +181,18 @@ pub fn says(stage: &Stage, root: i32, folder: &Path, text: &str) {
     });
 }
 
-/// Moves a tree, all of it, and leaves nothing of it, nor of the move. Returns what haulier said.
+/// Moves a tree, all of it, and leaves nothing of it, nor of the move. Returns what haulier said. If
+/// the options name no mode, it goes in pre-copy and comes back in post-copy, or as
+/// `HAULIER_MODES=there,back` says.
 #[track_caller]
 pub fn tree_moves(stage: &Stage, from: usize, root: i32, to: usize, options: &[&str]) -> String {
-    let said = stage.moved(from, root, to, options);
+    let modes = std::env::var("HAULIER_MODES").unwrap_or_else(|_| "pre-copy,post-copy".to_owned());
+    let (there, back) = modes.split_once(',').expect("two modes");
+    let mut options = options.to_vec();
+    if !options.contains(&"--mode") {
+        options.extend(["--mode", if from == 1 { there } else { back }]);
+    }
+    let said = stage.moved(from, root, to, &options);
     eprintln!("host {from} to host {to}:\n{said}");
     let tree = tree_of(stage.host(to), root);
     let left: Vec<i32> = tree
