@@ -48,8 +48,9 @@ pub(crate) struct Guard {
 
 /// Move a process tree to a host where "haulier serve" runs
 ///
-/// The process and all its descendants are stopped, their state and memory are sent, and they go on
-/// at the destination under the same process numbers. Whatever fails before the destination has
+/// The process and all its descendants go on at the destination under the same process numbers. Their
+/// memory is sent while they run, before or after (--mode); they are stopped for the rest and for
+/// their state. Whatever fails before the destination has
 /// taken over, they go on here as if nothing had happened; so does Ctrl-C.
 ///
 /// Programs, libraries and open files must be at the same paths on both hosts; that, free process
