@@ -282,6 +282,12 @@ pub fn decision(id: MigrationId) -> io::Result<Option<Decision>> {
         .map(|c| c.decision()))
 }
 
+/// Whether this host, as a destination, has had the target running with every page in its place.
+pub fn is_done(id: MigrationId) -> bool {
+    let text = fs::read_to_string(state_directory(id).join("journal"));
+    text.is_ok_and(|text| Contents::parse(&text).has_destination(DestinationRecord::Done))
+}
+
 /// Whether somebody works on a migration at this moment.
 pub fn is_under_way(id: MigrationId) -> bool {
     let file = File::open(state_directory(id).join("journal"));

@@ -202,7 +202,14 @@ fn recover_destination(
     }
     let groups = groups(contents, Side::Destination, cgroups);
     let addresses = addresses(contents, Side::Destination);
-    if contents.decision() == Decision::Committed {
+    let is_here = groups
+        .iter()
+        .any(|group| group.pids().is_ok_and(|pids| !pids.is_empty()));
+    if contents.decision() == Decision::Committed && !is_here {
+        // Its guard has killed it, as pages were missing. Never recorded as done: the source may
+        // have a copy, which it keeps as long as it is not told otherwise.
+        warn!(%id, "a target that was committed to this host is not here any more");
+    } else if contents.decision() == Decision::Committed {
         info!(%id, "the target is this host's: letting it run");
         lift(id);
         for address in &addresses {

@@ -55,6 +55,11 @@ pub(crate) fn answer_again(shared: &Shared, channel: Channel, id: MigrationId) {
     };
     let running = shared.registry.is_running(id);
     let answer = match journal::decision(id) {
+        // Committed and never complete: this host's server died, or the memory could not be filled,
+        // and the target was killed. The source's copy is the last.
+        Ok(Some(Decision::Committed)) if !running && !journal::is_done(id) => {
+            return warn!(%id, "the source asks about a target that is lost here: no answer");
+        }
         // Asked for what it has to bring, a host that has everything says so.
         Ok(Some(Decision::Committed)) if !running && rejoin => {
             control::Body::Complete(Complete::default())
