@@ -19,5 +19,5 @@ mod outgoing;
 pub mod page;
 mod pages;
 mod receiver;
-mod runs;
+pub mod runs;
 pub mod sender;

@@ -157,7 +157,7 @@ impl Outgoing {
             image.name.is_of_pages() && size.is_none_or(|size| size > 0 && size % PAGE as u64 == 0);
         // Without anything to refer to, it is hashed faster as a whole.
         let form = if of_pages && way.known.len() > 0 {
-            Form::Pages(Box::new(PagesHasher::new()))
+            Form::Pages(Box::default())
         } else {
             Form::Plain(Box::default())
         };

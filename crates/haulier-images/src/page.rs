@@ -6,17 +6,18 @@ use std::sync::LazyLock;
 pub const PAGE: usize = 4096;
 
 /// BLAKE3 of a page. It decides what memory becomes, so it is a cryptographic hash.
-pub(crate) type PageHash = [u8; 32];
+pub type PageHash = [u8; 32];
 
 /// The hash of a page of zeros.
-pub(crate) static ZERO_HASH: LazyLock<PageHash> = LazyLock::new(|| hash(&[0; PAGE]));
+pub static ZERO_HASH: LazyLock<PageHash> = LazyLock::new(|| hash(&[0; PAGE]));
 
-pub(crate) fn hash(page: &[u8]) -> PageHash {
+/// The hash of a page.
+pub fn hash(page: &[u8]) -> PageHash {
     *blake3::hash(page).as_bytes()
 }
 
 /// The hash of a page, or `None` if it is all zero.
-pub(crate) fn hash_unless_zero(page: &[u8]) -> Option<PageHash> {
+pub fn hash_unless_zero(page: &[u8]) -> Option<PageHash> {
     if is_zero(page) {
         None
     } else {
@@ -32,21 +33,30 @@ fn is_zero(page: &[u8]) -> bool {
 
 /// The hash of an image made of pages, from theirs: neither side then hashes any page twice.
 #[derive(Debug)]
-pub(crate) struct PagesHasher(blake3::Hasher);
+pub struct PagesHasher(blake3::Hasher);
+
+impl Default for PagesHasher {
+    fn default() -> PagesHasher {
+        PagesHasher::new()
+    }
+}
 
 impl PagesHasher {
-    pub(crate) fn new() -> PagesHasher {
+    /// The hash of no pages yet.
+    pub fn new() -> PagesHasher {
         // A context of its own: no hash of page hashes is the hash of any plain image.
         PagesHasher(blake3::Hasher::new_derive_key(
             "haulier 2026 image of pages, hashes of its pages",
         ))
     }
 
-    pub(crate) fn update(&mut self, page: &PageHash) {
+    /// Adds the next page's hash.
+    pub fn update(&mut self, page: &PageHash) {
         self.0.update(page);
     }
 
-    pub(crate) fn finalize(&self) -> PageHash {
+    /// The hash of all pages so far.
+    pub fn finalize(&self) -> PageHash {
         *self.0.finalize().as_bytes()
     }
 }

@@ -166,7 +166,7 @@ impl Receiver<'_> {
         };
         let paged = number & PAGED != 0;
         if paged && image.length == 0 && image.of_pages {
-            image.hasher = Hasher::Pages(Box::new(PagesHasher::new()));
+            image.hasher = Hasher::Pages(Box::default());
         }
         let result = match (paged, &mut image.hasher) {
             (false, Hasher::Plain(hasher)) => {

@@ -13,11 +13,11 @@ use crate::page::PAGE;
 
 /// Set in the image number that leads the data: what follows are runs of pages. Image numbers stay
 /// far below it.
-pub(crate) const PAGED: u32 = 1 << 31;
+pub const PAGED: u32 = 1 << 31;
 
 /// Most pages that a frame of runs stands for when we send: as many literal pages fit, each in a
 /// run of its own.
-pub(crate) const FRAME_PAGES: usize = 240;
+pub const FRAME_PAGES: usize = 240;
 
 const RUN_BYTES: usize = 8;
 const COUNT_BITS: u32 = 30;
@@ -26,24 +26,36 @@ const MOST_PAGES: u32 = (1 << COUNT_BITS) - 1;
 
 /// Where the contents of some pages of an image are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Run {
+pub enum Run {
     /// They are zero.
-    Zero { pages: u32 },
-    /// They were sent ahead.
-    Bank { first: u32, pages: u32 },
+    Zero {
+        /// How many.
+        pages: u32,
+    },
+    /// The peer has them: they were sent before.
+    Bank {
+        /// Number of the first page among them.
+        first: u32,
+        /// How many.
+        pages: u32,
+    },
     /// They are in this frame.
-    Literal { pages: u32 },
+    Literal {
+        /// How many.
+        pages: u32,
+    },
 }
 
 impl Run {
-    pub(crate) fn pages(self) -> u32 {
+    /// Pages it stands for.
+    pub fn pages(self) -> u32 {
         match self {
             Run::Zero { pages } | Run::Bank { pages, .. } | Run::Literal { pages } => pages,
         }
     }
 
     /// Takes `next` in, if it goes on where this one ends.
-    pub(crate) fn join(&mut self, next: Run) -> bool {
+    pub fn join(&mut self, next: Run) -> bool {
         let joined = match (*self, next) {
             (Run::Zero { pages: a }, Run::Zero { pages: b }) => Run::Zero { pages: a + b },
             (Run::Literal { pages: a }, Run::Literal { pages: b }) => Run::Literal { pages: a + b },
@@ -100,7 +112,7 @@ impl Run {
 }
 
 /// The bytes in front of the literal pages.
-pub(crate) fn encode(image: u32, runs: &[Run]) -> Vec<u8> {
+pub fn encode(image: u32, runs: &[Run]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(8 + runs.len() * RUN_BYTES);
     bytes.extend_from_slice(&(image | PAGED).to_le_bytes());
     bytes.extend_from_slice(&(runs.len() as u32).to_le_bytes());
@@ -111,8 +123,11 @@ pub(crate) fn encode(image: u32, runs: &[Run]) -> Vec<u8> {
 }
 
 /// The runs of a body, which begins behind the image number, and the contents of its literal
-/// pages, of exactly the length that the runs ask for. What is wrong with it, if something is.
-pub(crate) fn decode(body: &[u8]) -> Result<(Vec<Run>, &[u8]), String> {
+/// pages, of exactly the length that the runs ask for.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn decode(body: &[u8]) -> Result<(Vec<Run>, &[u8]), String> {
     let Some((count, rest)) = body.split_first_chunk::<4>() else {
         return Err("page runs without their number".to_owned());
     };

@@ -38,11 +38,13 @@ pub enum Kind {
     Packet = 12,
     /// Pages of a task that a stream's receiver no longer needs (see `haulier-memory`).
     Discard = 13,
+    /// A message between an image-proxy and an image-cache (see `haulier-imagecast`).
+    ImageSession = 14,
 }
 
 impl Kind {
     /// Every kind, in wire order.
-    pub const ALL: [Kind; 13] = [
+    pub const ALL: [Kind; 14] = [
         Kind::Hello,
         Kind::Welcome,
         Kind::Control,
@@ -56,6 +58,7 @@ impl Kind {
         Kind::BankPages,
         Kind::Packet,
         Kind::Discard,
+        Kind::ImageSession,
     ];
 
     /// The longest body a frame of this kind may have, in bytes. A receiver refuses a longer one
@@ -69,7 +72,7 @@ impl Kind {
             Kind::ImageData => (1 << 20) + 64,
             // 1024 pages of 4 KiB and their run table.
             Kind::Pages | Kind::BankPages => (4 << 20) + (64 << 10),
-            Kind::FaultRequest | Kind::Discard => 64 << 10,
+            Kind::FaultRequest | Kind::Discard | Kind::ImageSession => 64 << 10,
             // The longest packet that offloading makes, and what goes with it.
             Kind::Packet => (64 << 10) + 256,
         }
