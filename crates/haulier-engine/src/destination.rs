@@ -3,12 +3,13 @@
 //! ```text
 //! Preparing ─begun─▶ Receiving ─restored─▶ Held ─commit─▶ Owner ─thawed─▶ Arriving ─filled─▶ Done
 //!     │                  │                  │
-//!     └── failed, aborted, disconnected ────┴──▶ Refused
+//!     └── failed, aborted, disconnected ────┴──▶ Refused                        └── lost ──▶ Lost
 //! ```
 //! `Owner` and `Refused` are each entered through a record on disk; there is no way from one to the
-//! other. A commit that arrives in `Refused` is answered with "refused", in `Arriving` and `Done`
-//! with "resumed". In `Arriving` the target runs and its pages are still being placed, from this
-//! host's page store or from the source.
+//! other. A commit that arrives in `Refused` is answered with "refused", in `Arriving`
+//! with "resumed", in `Done` with "complete". In `Arriving` the target runs and its pages are still being placed, from this
+//! host's page store or from the source; if that cannot be brought to its end the target is killed,
+//! and `Lost` tells the source that its copy is the last.
 
 use crate::journal::DestinationRecord;
 
@@ -25,6 +26,8 @@ pub enum Event {
     Thawed,
     /// Every page is in its place.
     Filled,
+    /// Some never will be. The target has been killed.
+    Lost,
     /// A step of this side failed, or a deadline passed.
     Failed,
     /// The source gave up.
@@ -48,6 +51,8 @@ pub enum Action {
     SendResumed,
     /// Tell the source that every page is here.
     SendComplete,
+    /// Tell the source that the target is gone.
+    SendLost,
     /// Kill what was restored and undo everything else.
     Kill,
     /// Tell the source that it will never run here, and why.
@@ -82,6 +87,10 @@ pub struct Done;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Refused;
 
+/// It was to run here and is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Lost;
+
 /// A state of the destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Destination {
@@ -99,6 +108,8 @@ pub enum Destination {
     Done(Done),
     /// See [`Refused`].
     Refused(Refused),
+    /// See [`Lost`].
+    Lost(Lost),
 }
 
 type Step = (Destination, Vec<Action>);
@@ -119,6 +130,7 @@ impl Destination {
             Destination::Arriving(state) => state.on(event),
             Destination::Done(state) => state.on(event),
             Destination::Refused(state) => state.on(event),
+            Destination::Lost(state) => state.on(event),
         }
     }
 
@@ -132,7 +144,10 @@ impl Destination {
 
     /// Whether only late commits remain to be answered.
     pub fn is_final(self) -> bool {
-        matches!(self, Destination::Done(_) | Destination::Refused(_))
+        matches!(
+            self,
+            Destination::Done(_) | Destination::Refused(_) | Destination::Lost(_)
+        )
     }
 }
 
@@ -153,7 +168,7 @@ impl Preparing {
                 ],
             ),
             Event::Failed | Event::Aborted | Event::Disconnected | Event::Commit => refuse(),
-            Event::Restored | Event::Thawed | Event::Filled => {
+            Event::Restored | Event::Thawed | Event::Filled | Event::Lost => {
                 (Destination::Preparing(self), Vec::new())
             }
         }
@@ -166,7 +181,7 @@ impl Receiving {
             Event::Restored => (Destination::Held(Held), vec![Action::SendHeld]),
             // A commit for what is not held yet is a broken source.
             Event::Failed | Event::Aborted | Event::Disconnected | Event::Commit => refuse(),
-            Event::Begun | Event::Thawed | Event::Filled => {
+            Event::Begun | Event::Thawed | Event::Filled | Event::Lost => {
                 (Destination::Receiving(self), Vec::new())
             }
         }
@@ -182,7 +197,7 @@ impl Held {
             ),
             // The source, if its commit was on the way, asks again and is told.
             Event::Failed | Event::Aborted | Event::Disconnected => refuse(),
-            Event::Begun | Event::Restored | Event::Thawed | Event::Filled => {
+            Event::Begun | Event::Restored | Event::Thawed | Event::Filled | Event::Lost => {
                 (Destination::Held(self), Vec::new())
             }
         }
@@ -199,6 +214,7 @@ impl Owner {
             | Event::Restored
             | Event::Commit
             | Event::Filled
+            | Event::Lost
             | Event::Aborted
             | Event::Disconnected => (Destination::Owner(self), Vec::new()),
         }
@@ -215,6 +231,10 @@ impl Arriving {
                     Action::SendComplete,
                 ],
             ),
+            Event::Lost => (
+                Destination::Lost(Lost),
+                vec![Action::Record(DestinationRecord::Lost), Action::SendLost],
+            ),
             Event::Commit => (Destination::Arriving(self), vec![Action::SendResumed]),
             Event::Begun
             | Event::Restored
@@ -229,7 +249,7 @@ impl Arriving {
 impl Done {
     fn on(self, event: Event) -> Step {
         let actions = if event == Event::Commit {
-            vec![Action::SendResumed]
+            vec![Action::SendComplete]
         } else {
             Vec::new()
         };
@@ -248,6 +268,17 @@ impl Refused {
     }
 }
 
+impl Lost {
+    fn on(self, event: Event) -> Step {
+        let actions = if event == Event::Commit {
+            vec![Action::SendLost]
+        } else {
+            Vec::new()
+        };
+        (Destination::Lost(self), actions)
+    }
+}
+
 fn refuse() -> Step {
     let actions = vec![
         Action::Record(DestinationRecord::Refused),
@@ -261,12 +292,13 @@ fn refuse() -> Step {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 8] = [
+    const EVENTS: [Event; 9] = [
         Event::Begun,
         Event::Restored,
         Event::Commit,
         Event::Thawed,
         Event::Filled,
+        Event::Lost,
         Event::Failed,
         Event::Aborted,
         Event::Disconnected,
@@ -300,7 +332,7 @@ mod tests {
             ]
         );
         assert!(state.is_final() && state.may_run());
-        assert_eq!(state.on(Event::Commit).1, [Action::SendResumed]);
+        assert_eq!(state.on(Event::Commit).1, [Action::SendComplete]);
     }
 
     #[test]

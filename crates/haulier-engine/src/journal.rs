@@ -9,9 +9,12 @@ pub enum SourceRecord {
     Freezing,
     /// The commit is about to be sent; if nothing follows, only the destination knows.
     InDoubt,
-    /// The target runs on the destination and lacks pages that only the tasks here have: they are
-    /// neither to be thawed nor to be killed.
+    /// The target runs on the destination, which does not have all of it safe yet: the tasks here
+    /// are neither to be thawed nor to be killed.
     Serving,
+    /// The destination has lost the target: the tasks here are the last copy, and a person decides
+    /// whether they run.
+    Stranded,
     /// The target runs on the destination: what is left here is to be removed.
     Released,
     /// The target runs here: what was prepared there is void.
@@ -29,4 +32,11 @@ pub enum DestinationRecord {
     Refused,
     /// The target runs here and nothing is left to be done.
     Done,
+    /// What was made here for a target that will not run here is gone.
+    Removed,
+    /// The target was to run here, and was killed before it had: it will not run here, and may on
+    /// its source.
+    Withdrawn,
+    /// The target was to run here, and was lost before all of it was safe. It will not run here.
+    Lost,
 }

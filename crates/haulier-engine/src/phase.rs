@@ -25,8 +25,9 @@ pub enum Phase {
     Restore,
     /// Hand the right to run over: its users no longer wait.
     Commit,
-    /// Send the pages that were left behind, by need, while the target runs at the destination.
-    PostCopy,
+    /// Wait until every page is in its place at the destination, where the target runs; send those
+    /// that were left behind.
+    Arrive,
     /// Remove what is left on the source.
     Release,
 }
@@ -44,7 +45,7 @@ impl Phase {
         Phase::Send,
         Phase::Restore,
         Phase::Commit,
-        Phase::PostCopy,
+        Phase::Arrive,
         Phase::Release,
     ];
 
@@ -69,7 +70,7 @@ impl Phase {
             Phase::Send => "send",
             Phase::Restore => "restore",
             Phase::Commit => "commit",
-            Phase::PostCopy => "post-copy",
+            Phase::Arrive => "arrive",
             Phase::Release => "release",
         }
     }

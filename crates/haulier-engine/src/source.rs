@@ -1,13 +1,16 @@
 //! The source's side of the hand-over.
 //!
 //! ```text
-//! Running ─begin─▶ Frozen ─sent─▶ Offered ─held─▶ InDoubt ─resumed─▶ Released
-//!    ▲               │               │               │ └──resumed, pages are here──▶ Serving ─complete─▶ Released
+//! Running ─begin─▶ Frozen ─sent─▶ Offered ─held─▶ InDoubt ─resumed─▶ Serving ─complete─▶ Released
+//!    ▲               │               │               │ └───────── lost ─┴──▶ Stranded
 //!    └── failed, cancelled, refused ─┴── refused ────┘
 //!         (RolledBack: thawed, final)
 //! ```
-//! Post-copy and hybrid leave pages here when they offer: `Serving` holds the frozen tasks until the
-//! destination has every page, over however many connections.
+//! `Serving` holds the frozen tasks until the destination has placed every page, over however many
+//! connections: post-copy and hybrid have left pages here, and in the other modes a destination
+//! whose server dies before it has placed what it received loses the target. `Stranded` is what
+//! remains then: the tasks as they were frozen, the last copy. It may be older than what its
+//! clients were told since, so a person decides whether it runs.
 //!
 //! From `InDoubt` only the destination's answer leads on. If the connection breaks there, a new one
 //! is made and the commit sent again; the destination answers it the same way every time.
@@ -19,10 +22,8 @@ use crate::journal::SourceRecord;
 pub enum Event {
     /// Everything that can be checked and prepared without touching the target is done.
     Begin,
-    /// Skeleton and pages have been sent whole.
+    /// Skeleton and pages have been sent, but for pages that are left here on purpose.
     AllSent,
-    /// The skeleton has been sent, and pages are left here for after the commit.
-    SkeletonSent,
     /// The destination says that it holds the restored target.
     Held,
     /// The destination says that the target runs there.
@@ -31,6 +32,8 @@ pub enum Event {
     Complete,
     /// The destination says that it will never run it.
     Refused,
+    /// The destination says that it may have run it, has lost it, and will not run it again.
+    Lost,
     /// A step of this side failed, a deadline passed, or the user cancelled.
     Failed,
     /// The command connection broke.
@@ -58,7 +61,7 @@ pub enum Action {
     Kill,
     /// Give the target's addresses away; its frozen tasks stay.
     Depart,
-    /// Send the pages that are left here, anew after a break.
+    /// See to it that the destination gets what it lacks, anew after a break.
     Serve,
     /// Make a new command connection.
     Reconnect,
@@ -74,25 +77,23 @@ pub struct Frozen;
 
 /// Everything has been sent; the destination restores it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Offered {
-    /// Pages are left here.
-    pub behind: bool,
-}
+pub struct Offered;
 
 /// The commit may have arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct InDoubt {
-    /// Pages are left here.
-    pub behind: bool,
-}
+pub struct InDoubt;
 
-/// The target runs on the destination and lacks pages, which are here.
+/// The target runs on the destination, which does not have all of it safe yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Serving;
 
 /// The target runs on the destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Released;
+
+/// The destination lost the target: the frozen tasks here are the last copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Stranded;
 
 /// The target runs here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -113,6 +114,8 @@ pub enum Source {
     Serving(Serving),
     /// See [`Released`].
     Released(Released),
+    /// See [`Stranded`].
+    Stranded(Stranded),
     /// See [`RolledBack`].
     RolledBack(RolledBack),
 }
@@ -133,7 +136,7 @@ impl Source {
             Source::Offered(state) => state.on(event),
             Source::InDoubt(state) => state.on(event),
             Source::Serving(state) => state.on(event),
-            Source::Released(_) | Source::RolledBack(_) => (self, Vec::new()),
+            Source::Released(_) | Source::Stranded(_) | Source::RolledBack(_) => (self, Vec::new()),
         }
     }
 
@@ -142,9 +145,12 @@ impl Source {
         matches!(self, Source::Running(_) | Source::RolledBack(_))
     }
 
-    /// Whether nothing more will happen.
+    /// Whether nothing more will happen by itself.
     pub fn is_final(self) -> bool {
-        matches!(self, Source::Released(_) | Source::RolledBack(_))
+        matches!(
+            self,
+            Source::Released(_) | Source::Stranded(_) | Source::RolledBack(_)
+        )
     }
 }
 
@@ -165,10 +171,10 @@ impl Running {
                 (Source::RolledBack(RolledBack), vec![Action::SendAbort])
             }
             Event::AllSent
-            | Event::SkeletonSent
             | Event::Held
             | Event::Resumed
             | Event::Complete
+            | Event::Lost
             | Event::Reconnected => (Source::Running(self), Vec::new()),
         }
     }
@@ -177,14 +183,14 @@ impl Running {
 impl Frozen {
     fn on(self, event: Event) -> Step {
         match event {
-            Event::AllSent | Event::SkeletonSent => {
-                let behind = event == Event::SkeletonSent;
-                (Source::Offered(Offered { behind }), vec![Action::SendOffer])
-            }
+            Event::AllSent => (Source::Offered(Offered), vec![Action::SendOffer]),
             Event::Failed | Event::Disconnected | Event::Refused => roll_back(),
-            Event::Begin | Event::Held | Event::Resumed | Event::Complete | Event::Reconnected => {
-                (Source::Frozen(self), Vec::new())
-            }
+            Event::Begin
+            | Event::Held
+            | Event::Resumed
+            | Event::Complete
+            | Event::Lost
+            | Event::Reconnected => (Source::Frozen(self), Vec::new()),
         }
     }
 }
@@ -193,17 +199,15 @@ impl Offered {
     fn on(self, event: Event) -> Step {
         match event {
             Event::Held => (
-                Source::InDoubt(InDoubt {
-                    behind: self.behind,
-                }),
+                Source::InDoubt(InDoubt),
                 vec![Action::Record(SourceRecord::InDoubt), Action::SendCommit],
             ),
             Event::Failed | Event::Disconnected | Event::Refused => roll_back(),
             Event::Begin
             | Event::AllSent
-            | Event::SkeletonSent
             | Event::Resumed
             | Event::Complete
+            | Event::Lost
             | Event::Reconnected => (Source::Offered(self), Vec::new()),
         }
     }
@@ -212,7 +216,7 @@ impl Offered {
 impl InDoubt {
     fn on(self, event: Event) -> Step {
         match event {
-            Event::Resumed if self.behind => (
+            Event::Resumed => (
                 Source::Serving(Serving),
                 vec![
                     Action::Record(SourceRecord::Serving),
@@ -221,13 +225,14 @@ impl InDoubt {
                 ],
             ),
             // A destination that has every page has resumed as well.
-            Event::Resumed | Event::Complete => release(),
+            Event::Complete => release(),
+            Event::Lost => strand(),
             // The destination has recorded its refusal: this is the only way back from here.
             Event::Refused => roll_back(),
             Event::Disconnected => (Source::InDoubt(self), vec![Action::Reconnect]),
             Event::Reconnected => (Source::InDoubt(self), vec![Action::SendCommit]),
             // A deadline or Ctrl-C is no reason to thaw: the destination may be running it.
-            Event::Failed | Event::Begin | Event::AllSent | Event::SkeletonSent | Event::Held => {
+            Event::Failed | Event::Begin | Event::AllSent | Event::Held => {
                 (Source::InDoubt(self), Vec::new())
             }
         }
@@ -238,13 +243,13 @@ impl Serving {
     fn on(self, event: Event) -> Step {
         match event {
             Event::Complete => release(),
+            Event::Lost => strand(),
             Event::Disconnected => (Source::Serving(self), vec![Action::Reconnect]),
             Event::Reconnected => (Source::Serving(self), vec![Action::Serve]),
             // The target has run elsewhere: what stands here is never thawed by itself, and never
             // given up before the other side has all of it.
             Event::Begin
             | Event::AllSent
-            | Event::SkeletonSent
             | Event::Held
             | Event::Resumed
             | Event::Refused
@@ -256,6 +261,11 @@ impl Serving {
 fn release() -> Step {
     let actions = vec![Action::Record(SourceRecord::Released), Action::Kill];
     (Source::Released(Released), actions)
+}
+
+fn strand() -> Step {
+    let actions = vec![Action::Record(SourceRecord::Stranded)];
+    (Source::Stranded(Stranded), actions)
 }
 
 fn roll_back() -> Step {
@@ -274,11 +284,11 @@ mod tests {
     const EVENTS: [Event; 10] = [
         Event::Begin,
         Event::AllSent,
-        Event::SkeletonSent,
         Event::Held,
         Event::Resumed,
         Event::Complete,
         Event::Refused,
+        Event::Lost,
         Event::Failed,
         Event::Disconnected,
         Event::Reconnected,
@@ -302,6 +312,16 @@ mod tests {
         let (state, actions) = state.on(Event::Resumed);
         assert_eq!(
             actions,
+            [
+                Action::Record(SourceRecord::Serving),
+                Action::Depart,
+                Action::Serve
+            ]
+        );
+        assert!(!state.is_final() && !state.may_run());
+        let (state, actions) = state.on(Event::Complete);
+        assert_eq!(
+            actions,
             [Action::Record(SourceRecord::Released), Action::Kill]
         );
         assert!(state.is_final() && !state.may_run());
@@ -319,51 +339,44 @@ mod tests {
     }
 
     #[test]
-    fn in_doubt_only_a_refusal_thaws_and_only_a_resumption_kills() {
+    fn from_the_commit_on_only_a_refusal_thaws_and_only_completeness_kills() {
         let (in_doubt, _) = after(&[Event::Begin, Event::AllSent, Event::Held]);
+        let (serving, _) = in_doubt.on(Event::Resumed);
         for event in EVENTS {
-            let (_, actions) = in_doubt.on(event);
-            assert_eq!(
-                actions.contains(&Action::Thaw),
-                event == Event::Refused,
-                "{event:?}"
-            );
-            assert_eq!(
-                actions.contains(&Action::Kill),
-                matches!(event, Event::Resumed | Event::Complete),
-                "{event:?}"
-            );
+            for state in [in_doubt, serving] {
+                let (_, actions) = state.on(event);
+                let refused = event == Event::Refused && state == in_doubt;
+                assert_eq!(actions.contains(&Action::Thaw), refused, "{event:?}");
+                let complete = event == Event::Complete;
+                assert_eq!(actions.contains(&Action::Kill), complete, "{event:?}");
+            }
         }
         assert_eq!(in_doubt.on(Event::Disconnected).1, [Action::Reconnect]);
         assert_eq!(in_doubt.on(Event::Reconnected).1, [Action::SendCommit]);
-    }
-
-    #[test]
-    fn pages_that_are_left_here_keep_the_tasks_until_they_are_complete_there() {
-        let (in_doubt, _) = after(&[Event::Begin, Event::SkeletonSent, Event::Held]);
-        let (serving, actions) = in_doubt.on(Event::Resumed);
-        assert_eq!(
-            actions,
-            [
-                Action::Record(SourceRecord::Serving),
-                Action::Depart,
-                Action::Serve
-            ]
-        );
-        assert!(!serving.may_run() && !serving.is_final());
-        for event in EVENTS {
-            let (_, actions) = serving.on(event);
-            assert!(!actions.contains(&Action::Thaw), "{event:?}");
-            let kills = actions.contains(&Action::Kill);
-            assert_eq!(kills, event == Event::Complete, "{event:?}");
-        }
         assert_eq!(serving.on(Event::Disconnected).1, [Action::Reconnect]);
         assert_eq!(serving.on(Event::Reconnected).1, [Action::Serve]);
     }
 
     #[test]
+    fn a_target_that_was_lost_leaves_the_tasks_here_for_a_person() {
+        let (in_doubt, _) = after(&[Event::Begin, Event::AllSent, Event::Held]);
+        for state in [in_doubt, in_doubt.on(Event::Resumed).0] {
+            let (state, actions) = state.on(Event::Lost);
+            assert_eq!(actions, [Action::Record(SourceRecord::Stranded)]);
+            assert!(state.is_final() && !state.may_run());
+        }
+        // Before the commit there is nothing that could have been lost.
+        let (offered, _) = after(&[Event::Begin, Event::AllSent]);
+        assert_eq!(offered.on(Event::Lost), (offered, Vec::new()));
+    }
+
+    #[test]
     fn nothing_follows_a_final_state() {
-        for state in [Source::Released(Released), Source::RolledBack(RolledBack)] {
+        for state in [
+            Source::Released(Released),
+            Source::Stranded(Stranded),
+            Source::RolledBack(RolledBack),
+        ] {
             for event in EVENTS {
                 assert_eq!(state.on(event), (state, Vec::new()));
             }

@@ -81,7 +81,7 @@ pub struct Control {
     /// Which one. `None` is a message of a later version.
     #[prost(
         oneof = "control::Body",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13"
     )]
     pub body: Option<control::Body>,
 }
@@ -127,6 +127,10 @@ pub mod control {
         /// Destination: these, and the connections for them may be opened.
         #[prost(message, tag = "12")]
         Missing(super::Missing),
+        /// Destination: it was to run here, is gone, and will not run here. Final and recorded; what
+        /// stands on the source is the last copy.
+        #[prost(message, tag = "13")]
+        Lost(super::Failure),
     }
 }
 
@@ -459,6 +463,7 @@ impl control::Body {
             control::Body::Complete(_) => "complete",
             control::Body::Rejoin(_) => "rejoin",
             control::Body::Missing(_) => "missing",
+            control::Body::Lost(_) => "lost",
         }
     }
 }

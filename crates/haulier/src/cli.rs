@@ -44,6 +44,8 @@ pub(crate) enum Command {
 pub(crate) struct Guard {
     /// The cgroup of the process, to be killed then
     pub(crate) cgroup: PathBuf,
+    /// Where to note what became of it
+    pub(crate) verdict: PathBuf,
 }
 
 /// Move a process tree to a host where "haulier serve" runs

@@ -18,6 +18,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use crate::directories::{STATE, state_directory};
+use crate::guard;
 
 /// How long a recovery may hold the lock of a journal that has just been created.
 const GLANCE: Duration = Duration::from_secs(5);
@@ -63,7 +64,11 @@ pub struct Contents {
 pub enum Decision {
     /// The target is to run on this host.
     Committed,
-    /// It is not.
+    /// It does, with all of its memory.
+    Done,
+    /// It was to, and was lost.
+    Lost,
+    /// It is not, or was killed before it did.
     Refused,
     /// Nothing was decided yet.
     Open,
@@ -168,6 +173,7 @@ impl Journal {
     /// Removes the journal, once nobody can ask about the migration any more.
     pub fn remove(self) {
         let _ = fs::remove_file(self.folder.join("journal"));
+        let _ = fs::remove_file(guard::verdict_file(self.id));
         // Kept logs keep the folder.
         let _ = fs::remove_dir(&self.folder);
     }
@@ -255,7 +261,14 @@ impl Contents {
 
     /// What the destination decided.
     pub fn decision(&self) -> Decision {
-        if self.has_destination(DestinationRecord::Committed) {
+        // The latest word first: after the decision to run it come its end, or its loss.
+        if self.has_destination(DestinationRecord::Lost) {
+            Decision::Lost
+        } else if self.has_destination(DestinationRecord::Withdrawn) {
+            Decision::Refused
+        } else if self.has_destination(DestinationRecord::Done) {
+            Decision::Done
+        } else if self.has_destination(DestinationRecord::Committed) {
             Decision::Committed
         } else if self.has_destination(DestinationRecord::Refused) {
             Decision::Refused
@@ -280,12 +293,6 @@ pub fn decision(id: MigrationId) -> io::Result<Option<Decision>> {
     Ok(contents
         .filter(|contents| contents.is_of(Side::Destination))
         .map(|c| c.decision()))
-}
-
-/// Whether this host, as a destination, has had the target running with every page in its place.
-pub fn is_done(id: MigrationId) -> bool {
-    let text = fs::read_to_string(state_directory(id).join("journal"));
-    text.is_ok_and(|text| Contents::parse(&text).has_destination(DestinationRecord::Done))
 }
 
 /// Whether somebody works on a migration at this moment.
@@ -336,6 +343,18 @@ mod tests {
             (
                 "destination is Receiving\ndestination is Committed",
                 Decision::Open,
+            ),
+            (
+                "destination is Committed\ndestination is Done\n",
+                Decision::Done,
+            ),
+            (
+                "destination is Committed\ndestination is Lost\n",
+                Decision::Lost,
+            ),
+            (
+                "destination is Committed\ndestination is Withdrawn\n",
+                Decision::Refused,
             ),
         ] {
             assert_eq!(Contents::parse(text).decision(), expected, "{text}");

@@ -8,6 +8,7 @@ mod commands;
 pub mod destination;
 pub mod directories;
 pub mod failure;
+pub mod guard;
 pub mod interrupt;
 pub mod journal;
 mod packets;

@@ -9,8 +9,7 @@ use clap::Parser;
 use haulier::interrupt::cancel_on_signals;
 use haulier::report::Lines;
 use haulier::source::Outcome;
-use haulier::{destination, recovery, source};
-use haulier_memory::lazy::guard;
+use haulier::{destination, guard, recovery, source};
 use haulier_targets::cgroup::CgroupFs;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
@@ -39,9 +38,9 @@ fn main() -> ExitCode {
         Command::Migrate(arguments) => migrate(arguments),
         Command::Serve(arguments) => serve(arguments).map(|()| MOVED),
         Command::Resolve(arguments) => resolve(arguments).map(|()| MOVED),
-        Command::Guard(arguments) => guard::run(&arguments.cgroup)
-            .map(|_| MOVED)
-            .map_err(Into::into),
+        Command::Guard(arguments) => {
+            guard::run(&arguments.cgroup, &arguments.verdict).map(|()| MOVED)
+        }
     };
     match result {
         Ok(code) => ExitCode::from(code),
@@ -101,6 +100,13 @@ fn migrate(arguments: &Migrate) -> anyhow::Result<u8> {
             }
             ROLLED_BACK
         }
+        Outcome::Stranded { id, failure } => {
+            eprintln!(
+                "{}",
+                stranded(&id.to_string(), options.pid, &failure.to_string())
+            );
+            NEEDS_YOU
+        }
         Outcome::InDoubt { id, failure } => {
             eprintln!(
                 "{}",
@@ -110,6 +116,17 @@ fn migrate(arguments: &Migrate) -> anyhow::Result<u8> {
         }
     };
     Ok(code)
+}
+
+/// What a person has to know and do when the destination lost the target after the commit.
+fn stranded(id: &str, pid: i32, failure: &str) -> String {
+    format!(
+        "haulier: process {pid} is lost at the destination; as it was frozen it stands here\n  \
+         {failure}\n  \
+         what to do: let it run on here from where it was frozen: haulier resolve {id} here\n  \
+         What it did at the destination since then is lost; its clients may have been told of it.\n  \
+         Or give it up: haulier resolve {id} there"
+    )
 }
 
 /// What a person has to know and do when the destination fell silent after the commit.

@@ -16,6 +16,7 @@ use std::time::{Duration, SystemTime};
 use tracing::{info, warn};
 
 use crate::directories::{remove_image_directories, state_directory};
+use crate::guard::{self, Fate};
 use crate::journal::{self, Contents, Decision, Holding, Journal, Side};
 
 /// How long tasks may take to die.
@@ -60,6 +61,13 @@ pub fn resolve(id: MigrationId, verdict: Verdict, cgroups: &CgroupFs) -> anyhow:
         }
     }
     Ok(())
+}
+
+/// Finishes or undoes what a destination of a migration left here, if nobody works on it.
+pub(crate) fn settle_destination(id: MigrationId, cgroups: &CgroupFs) {
+    if let Err(error) = recover(id, Side::Destination, cgroups) {
+        warn!(%id, %error, "recovering");
+    }
 }
 
 /// Recovers every migration on this host that nobody works on. Goes on after a failure.
@@ -115,6 +123,13 @@ fn recover_source(journal: Journal, contents: &Contents, cgroups: &CgroupFs) -> 
     if contents.has_source(SourceRecord::Released) {
         info!(%id, "removing what moved away");
         remove_moved(journal, contents, cgroups)
+    } else if contents.has_source(SourceRecord::Stranded) {
+        warn!(
+            "a target that the other host has lost stands here as it was frozen, the last copy: \
+             to let it run on from there, haulier resolve {id} here; to give it up, \
+             haulier resolve {id} there"
+        );
+        Ok(())
     } else if contents.has_source(SourceRecord::Serving) {
         warn!(
             "a target that runs on the other host has left pages here, with its frozen tasks, and \
@@ -192,51 +207,71 @@ fn recover_destination(
     cgroups: &CgroupFs,
 ) -> io::Result<()> {
     let id = journal.id();
-    let settled = contents.has_destination(DestinationRecord::Done)
-        || contents.has_destination(DestinationRecord::Refused);
-    if settled {
+    let decision = contents.decision();
+    // An address that was removed may have come back since, with another migration.
+    if decision == Decision::Done || contents.has_destination(DestinationRecord::Removed) {
         if age_of(id) > KEEP_SETTLED {
             journal.remove();
         }
         return Ok(());
     }
-    let groups = groups(contents, Side::Destination, cgroups);
     let addresses = addresses(contents, Side::Destination);
-    let is_here = groups
-        .iter()
-        .any(|group| group.pids().is_ok_and(|pids| !pids.is_empty()));
-    if contents.decision() == Decision::Committed && !is_here {
-        // Its guard has killed it, as pages were missing. Never recorded as done: the source may
-        // have a copy, which it keeps as long as it is not told otherwise.
-        warn!(%id, "a target that was committed to this host is not here any more");
-    } else if contents.decision() == Decision::Committed {
-        info!(%id, "the target is this host's: letting it run");
-        lift(id);
-        for address in &addresses {
-            if let Err(error) = Announcement::prepare(address).and_then(|a| a.send()) {
-                warn!(%id, %error, "announcing");
+    let groups = groups(contents, Side::Destination, cgroups);
+    let record = match decision {
+        Decision::Done => return Ok(()),
+        Decision::Committed => match guard::fate(id)? {
+            Fate::Complete => {
+                info!(%id, "the target is this host's: letting it run");
+                let_run(id, &groups, &addresses)?;
+                DestinationRecord::Done
             }
-        }
-        for group in &groups {
-            group.thaw().map_err(io::Error::other)?;
-        }
-        journal.destination(DestinationRecord::Done)?;
-    } else {
-        info!(%id, "removing what was not committed");
-        // Whoever asks from here on is told so.
-        journal.destination(DestinationRecord::Refused)?;
-        for group in &groups {
-            remove_with_tasks(group);
-        }
-        for address in &addresses {
-            if let Err(error) = network::remove(address) {
-                warn!(%id, %error, "address");
-            }
-        }
-        lift(id);
+            Fate::NeverRan => DestinationRecord::Withdrawn,
+            Fate::Lost => DestinationRecord::Lost,
+        },
+        Decision::Open => DestinationRecord::Refused,
+        // Recorded, but perhaps not carried out to its end.
+        Decision::Refused => DestinationRecord::Refused,
+        Decision::Lost => DestinationRecord::Lost,
+    };
+    // Whoever asks from here on is told so. Before the removal: whenever this is killed, the tasks
+    // never run again.
+    if decision == Decision::Committed || decision == Decision::Open {
+        journal.destination(record)?;
+    }
+    if record != DestinationRecord::Done {
+        info!(%id, ?record, "removing what will not run here");
+        remove(id, &groups, &addresses);
+        journal.destination(DestinationRecord::Removed)?;
     }
     remove_image_directories(id);
     Ok(())
+}
+
+/// Lets a target run that is this host's, and whole.
+fn let_run(id: MigrationId, groups: &[Cgroup], addresses: &[MoveIp]) -> io::Result<()> {
+    lift(id);
+    for address in addresses {
+        if let Err(error) = Announcement::prepare(address).and_then(|a| a.send()) {
+            warn!(%id, %error, "announcing");
+        }
+    }
+    for group in groups {
+        group.thaw().map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
+/// Removes what a target that will not run here has on this host.
+fn remove(id: MigrationId, groups: &[Cgroup], addresses: &[MoveIp]) {
+    for group in groups {
+        remove_with_tasks(group);
+    }
+    for address in addresses {
+        if let Err(error) = network::remove(address) {
+            warn!(%id, %error, "address");
+        }
+    }
+    lift(id);
 }
 
 fn groups(contents: &Contents, side: Side, cgroups: &CgroupFs) -> Vec<Cgroup> {

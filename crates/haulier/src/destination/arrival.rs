@@ -9,7 +9,7 @@ use haulier_engine::phase::Phase;
 use haulier_memory::lazy::LazyError;
 use haulier_memory::ranges::RangeSet;
 use haulier_proto::id::MigrationId;
-use haulier_proto::message::{Complete, Missing, MissingPages, PUSH_ROUND, Resumed, Role, control};
+use haulier_proto::message::{Complete, Missing, MissingPages, PUSH_ROUND, Role, control};
 use haulier_sys::wait::Wait;
 use haulier_transport::channel::Channel;
 use tracing::{info, warn};
@@ -22,6 +22,7 @@ use crate::destination::registry::Stream;
 use crate::destination::session::Session;
 use crate::failure::Failure;
 use crate::journal::{self, Decision};
+use crate::recovery;
 
 /// How long a thaw that fails is tried again and again.
 const THAW_PAUSE: Duration = Duration::from_millis(100);
@@ -47,36 +48,43 @@ pub(crate) fn answer_again(shared: &Shared, channel: Channel, id: MigrationId) {
         thread::sleep(Duration::from_millis(10));
     }
     let wait = Wait::uncancellable(DECISION_TIME);
-    let rejoin = match channel.receive_control("a commit", &wait) {
-        Ok(control::Body::Commit(_)) => false,
-        Ok(control::Body::Rejoin(_)) => true,
+    match channel.receive_control("a commit", &wait) {
+        Ok(control::Body::Commit(_) | control::Body::Rejoin(_)) => {}
         Ok(other) => return info!(message = other.name(), "not a question about a commit"),
         Err(error) => return info!(%error, "asked about a commit"),
-    };
-    let running = shared.registry.is_running(id);
-    let answer = match journal::decision(id) {
-        // Committed and never complete: this host's server died, or the memory could not be filled,
-        // and the target was killed. The source's copy is the last.
-        Ok(Some(Decision::Committed)) if !running && !journal::is_done(id) => {
-            return warn!(%id, "the source asks about a target that is lost here: no answer");
+    }
+    if shared.registry.is_running(id) {
+        return;
+    }
+    // What a server that was killed has left undecided.
+    recovery::settle_destination(id, &shared.cgroups);
+    if let Some(answer) = recorded_answer(shared, id) {
+        let _ = channel.send_control(answer, &wait);
+    }
+}
+
+/// What the journal alone can answer.
+fn recorded_answer(shared: &Shared, id: MigrationId) -> Option<control::Body> {
+    let failure = |phase, what: &str| Failure::new(&shared.host.name, phase, what);
+    match journal::decision(id) {
+        Ok(Some(Decision::Done)) => Some(control::Body::Complete(Complete::default())),
+        Ok(Some(Decision::Lost)) => {
+            let what = "haulier ended there before all memory was in its place: it was killed";
+            let failure = failure(Phase::Arrive, what);
+            Some(control::Body::Lost((&failure).into()))
         }
-        // Asked for what it has to bring, a host that has everything says so.
-        Ok(Some(Decision::Committed)) if !running && rejoin => {
-            control::Body::Complete(Complete::default())
-        }
-        Ok(Some(Decision::Committed)) if !running => control::Body::Resumed(Resumed {
-            pid: 0,
-            phases: Vec::new(),
-        }),
-        Ok(Some(Decision::Refused | Decision::Open)) if !running => {
-            let host = &shared.host.name;
+        Ok(Some(Decision::Refused | Decision::Open)) => {
             let what = "the connection broke before the commit arrived";
-            control::Body::Failed((&Failure::new(host, Phase::Commit, what)).into())
+            let failure = failure(Phase::Commit, what);
+            Some(control::Body::Failed((&failure).into()))
         }
-        // Undecided, or not to be read: no answer is the only one that is surely right.
-        _ => return,
-    };
-    let _ = channel.send_control(answer, &wait);
+        // Not settled, or not to be read: no answer is the only one that is surely right.
+        Ok(Some(Decision::Committed)) => {
+            warn!(%id, "the source asks about a target whose fate is not known here: no answer");
+            None
+        }
+        Ok(None) | Err(_) => None,
+    }
 }
 
 /// Whether there is more to wait for.
@@ -98,13 +106,14 @@ impl Session<'_> {
         }
         info!("the target runs here");
         self.shared.registry.settle(self.id);
-        match self.fill() {
-            Filled::Lost => {}
+        let end = match self.fill() {
+            Filled::Lost => Event::Lost,
             Filled::NotYet | Filled::Yes => {
                 info!("its memory is complete");
-                let _ = self.on(Event::Filled);
+                Event::Filled
             }
-        }
+        };
+        let _ = self.on(end);
         self.say_farewell();
         self.hold = None;
     }

@@ -25,6 +25,7 @@ use tracing::{info, warn};
 
 use crate::destination::Shared;
 use crate::directories::ImageDirectory;
+use crate::guard;
 use crate::packets::PacketReceiver;
 use crate::timeline::Stopwatch;
 
@@ -82,7 +83,10 @@ impl Hold {
         let capture = armed.as_mut().and_then(|lock| capture_of(id, lock));
         let home = shared.cgroups.create_home(&id.to_string())?;
         let mut command = Command::new(std::env::current_exe()?);
-        command.arg("guard").arg(home.path());
+        command
+            .arg("guard")
+            .arg(home.path())
+            .arg(guard::verdict_file(id));
         let guard = Guard::spawn(command, &Wait::uncancellable(GUARD_TIME))
             .inspect_err(|_| drop(home.remove()))?;
         Ok(Hold {

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use haulier_engine::destination::{Action, Destination, Event};
+use haulier_engine::journal::DestinationRecord;
 use haulier_engine::phase::Phase;
 use haulier_images::account::Account;
 use haulier_images::directory::{self, ImagesError};
@@ -415,6 +416,13 @@ impl<'a> Session<'a> {
                 let faults = self.filled.as_ref().map(faults_of);
                 self.tell(control::Body::Complete(Complete { faults }))
             }
+            Action::SendLost => {
+                self.note_removed();
+                self.journal = None;
+                let what = "memory of the target could not be completed: it was killed";
+                let failure = self.failure(Phase::Arrive, what);
+                self.tell(control::Body::Lost((&failure).into()))
+            }
             Action::Kill => {
                 if let Some(link) = &self.link {
                     link.stop.cancel();
@@ -423,6 +431,7 @@ impl<'a> Session<'a> {
                     for left in hold.undo() {
                         warn!("{left}");
                     }
+                    self.note_removed();
                 }
                 Ok(())
             }
@@ -438,6 +447,15 @@ impl<'a> Session<'a> {
                     let _ = link.send(control::Body::Failed((&failure).into()), &wait);
                 }
                 Ok(())
+            }
+        }
+    }
+
+    /// So that no recovery removes it again, an address least of all.
+    fn note_removed(&mut self) {
+        if let Some(journal) = &mut self.journal {
+            if let Err(error) = journal.destination(DestinationRecord::Removed) {
+                warn!(%error, "journal");
             }
         }
     }

@@ -19,7 +19,7 @@ use haulier_engine::phase::Phase;
 use haulier_engine::source::{Action, Event, Source};
 use haulier_proto::id::MigrationId;
 use haulier_proto::message::{Begin, Commit, Offer, control};
-use haulier_targets::network::LockScope;
+use haulier_targets::network::{Announcement, LockScope};
 use haulier_transport::tcp;
 use haulier_transport::wait::{Cancel, Wait};
 use tracing::{debug, warn};
@@ -56,6 +56,14 @@ pub enum Outcome {
         failure: Failure,
         /// What could not be undone, if anything.
         left: Vec<String>,
+    },
+    /// The target was lost at the destination, after it may have run there; as it was frozen it
+    /// stands here.
+    Stranded {
+        /// The migration.
+        id: MigrationId,
+        /// What is known.
+        failure: Failure,
     },
     /// The target stands frozen here; whether it runs on the destination is not known.
     InDoubt {
@@ -324,6 +332,12 @@ impl<'a> Migration<'a> {
                     let left = target.let_go(&Wait::uncancellable(UNDO_TIME));
                     self.report.left.extend(left);
                 }
+                // A destination that gave it up at the last moment may have announced itself.
+                for address in &self.options.move_addresses {
+                    if let Err(error) = Announcement::prepare(address).and_then(|a| a.send()) {
+                        warn!(%error, "announcing");
+                    }
+                }
                 Ok(())
             }
             Action::Kill => {
@@ -339,7 +353,7 @@ impl<'a> Migration<'a> {
             }
             Action::Reconnect => self.reconnect(),
             Action::Depart => {
-                self.timeline.enter(Phase::PostCopy);
+                self.timeline.enter(Phase::Arrive);
                 if let Some(target) = &mut self.target {
                     let left = target.depart(&self.options.move_addresses);
                     self.report.left.extend(left);

@@ -81,6 +81,10 @@ impl Migration<'_> {
                 *reason = Some(Failure::from(failure));
                 Some(Event::Refused)
             }
+            Incoming::Message(control::Body::Lost(failure)) => {
+                *reason = Some(Failure::from(failure));
+                Some(Event::Lost)
+            }
             Incoming::Message(other) => {
                 debug!(message = other.name(), "ignored after the commit");
                 None
@@ -109,16 +113,16 @@ impl Migration<'_> {
             }
             Serving::Lost(error) => {
                 let host = &self.plan.host.name;
-                let failure = Failure::from_error(host, Phase::PostCopy, &error);
+                let failure = Failure::from_error(host, Phase::Arrive, &error);
                 Some(failure.remedy("end it at the destination: it waits for pages that are gone"))
             }
         }
     }
 
-    /// Serves what is missing at the destination, over new connections.
+    /// Asks what is missing at the destination, and serves that over new connections.
     pub(super) fn serve_again(&mut self) -> Result<(), Setback> {
         // What began before the commit goes on until a connection breaks.
-        if self.behind.is_none() || !std::mem::replace(&mut self.rejoins, true) {
+        if !std::mem::replace(&mut self.rejoins, true) {
             return Ok(());
         }
         let memory_streams = self.memory_streams;
@@ -131,6 +135,10 @@ impl Migration<'_> {
         let Some(missing) = self.await_missing()? else {
             return Ok(());
         };
+        // It has everything, and has not placed it all yet.
+        if self.behind.is_none() {
+            return Ok(());
+        }
         let wait = Wait::uncancellable(RECONNECT_TIME);
         let memory = open_memory(&self.dialer, memory_streams, &wait);
         let memory = memory.map_err(|e| self.setback(&e))?;
@@ -152,7 +160,7 @@ impl Migration<'_> {
         }
     }
 
-    /// What the destination lacks; `None` if that is nothing.
+    /// What the destination lacks; `None` if the migration is over.
     fn await_missing(&mut self) -> Result<Option<Missing>, Setback> {
         let deadline = Instant::now() + RECONNECT_TIME;
         while Instant::now() < deadline {
@@ -166,6 +174,11 @@ impl Migration<'_> {
                     self.on(Event::Complete)?;
                     return Ok(None);
                 }
+                Some(Incoming::Message(control::Body::Lost(failure))) => {
+                    self.report.failure = Some(failure.into());
+                    self.on(Event::Lost)?;
+                    return Ok(None);
+                }
                 Some(Incoming::Message(_)) | None => {}
                 Some(Incoming::Lost(_)) => break,
             }
@@ -173,7 +186,7 @@ impl Migration<'_> {
         self.link = None;
         let what = "the destination did not say which pages it lacks";
         let host = &self.plan.host.name;
-        Err(Setback::Link(Failure::new(host, Phase::PostCopy, what)))
+        Err(Setback::Link(Failure::new(host, Phase::Arrive, what)))
     }
 
     pub(super) fn reconnect(&mut self) -> Result<(), Setback> {
@@ -196,31 +209,13 @@ impl Migration<'_> {
         }
     }
 
-    /// Waits until the destination has placed every page, which may take a moment after the target
-    /// runs: whoever moves it on at once would be refused.
-    fn await_complete(&mut self) {
-        let deadline = Instant::now() + self.options.step_time;
-        while self.report.faults.is_none() && Instant::now() < deadline {
-            let Some(link) = &self.link else { return };
-            match link.receive(LOOK) {
-                Some(Incoming::Message(control::Body::Complete(complete))) => {
-                    return self.report.faults(complete.faults.as_ref());
-                }
-                Some(Incoming::Lost(error)) => {
-                    return debug!(%error, "not told that every page is placed");
-                }
-                Some(Incoming::Message(_)) | None => {}
-            }
-        }
-    }
-
-    /// Moved, or refused after the commit was sent.
+    /// Moved, refused after the commit was sent, or lost.
     fn finish(mut self, reason: Option<Failure>) -> Outcome {
-        if matches!(self.machine, Source::Released(_)) {
-            self.await_complete();
-        }
         self.timeline.finish();
         self.link = None;
+        if matches!(self.machine, Source::Stranded(_)) {
+            return self.strand(reason);
+        }
         // What could not be removed now, the next haulier on this host tries again by the journal.
         if let Some(journal) = self.journal.take().filter(|_| self.report.left.is_empty()) {
             journal.remove();
@@ -236,6 +231,23 @@ impl Migration<'_> {
         }
         self.report.close(&self.timeline);
         Outcome::Moved(Box::new(self.report))
+    }
+
+    /// Leaves the last copy as it stands, for a person.
+    fn strand(mut self, reason: Option<Failure>) -> Outcome {
+        self.behind = None;
+        if let Some(target) = self.target.take() {
+            target.keep();
+        }
+        let host = &self.plan.host.name;
+        let said = self.report.failure.take().or(reason);
+        let failure = said.unwrap_or_else(|| {
+            Failure::new(host, Phase::Arrive, "the destination lost the target")
+        });
+        Outcome::Stranded {
+            id: self.dialer.migration,
+            failure,
+        }
     }
 
     fn give_up_asking(mut self, reason: Option<Failure>) -> Outcome {

@@ -117,7 +117,7 @@ impl Migration<'_> {
         let behind = Behind::new(left, options).map_err(|e| self.setback(&e))?;
         self.report.left_behind = behind.remaining();
         self.behind = Some(behind);
-        Ok(Event::SkeletonSent)
+        Ok(Event::AllSent)
     }
 
     /// The destination's CRIU itself waits for pages that are left here: they are served before the

@@ -26,7 +26,10 @@ pub enum Outcome {
     /// Everything was placed.
     Complete,
     /// The daemon went away before, and every task of the cgroup was killed.
-    Killed,
+    Killed {
+        /// Whether they may have run: the cgroup was not frozen at that moment.
+        had_run: bool,
+    },
 }
 
 /// The work of the process that [`super::Guard::spawn`] starts: holds what the daemon sends over
@@ -66,10 +69,12 @@ pub fn run(cgroup: &Path) -> Result<Outcome, GuardError> {
             Ok(Some((Word::Complete, ..))) => return Ok(Outcome::Complete),
             // Without a descriptor there is nothing to hold: it does not come from a daemon.
             Ok(Some((Word::Hold, _, None)) | None) | Err(_) => {
+                // Nobody but the daemon thaws it, and that is gone.
+                let had_run = !cgroup.is_frozen();
                 cgroup.kill();
                 // Only now: the last of them closes the memory for good.
                 drop(held);
-                return Ok(Outcome::Killed);
+                return Ok(Outcome::Killed { had_run });
             }
         }
     }
@@ -113,6 +118,7 @@ fn hear(socket: BorrowedFd<'_>) -> Result<Option<(Word, u64, Option<OwnedFd>)>, 
 struct Cgroup {
     kill: File,
     events: File,
+    freeze: File,
 }
 
 impl Cgroup {
@@ -123,9 +129,11 @@ impl Cgroup {
         };
         let kill = open(kill_file(directory), OpenOptions::new().write(true))?;
         let events = directory.join("cgroup.events");
+        let freeze = directory.join("cgroup.freeze");
         Ok(Self {
             kill,
             events: open(events, OpenOptions::new().read(true))?,
+            freeze: open(freeze, OpenOptions::new().read(true))?,
         })
     }
 
@@ -149,6 +157,19 @@ impl Cgroup {
                 thread::sleep(LOOK);
             }
         }
+    }
+
+    /// Whether its tasks stand, and have stood until now. The thaw is one write to this file; while
+    /// it says "1" nobody has let them run.
+    fn is_frozen(&mut self) -> bool {
+        let mut events = String::new();
+        let mut wanted = String::new();
+        let read = self
+            .freeze
+            .read_to_string(&mut wanted)
+            .and_then(|_| self.events.seek(SeekFrom::Start(0)))
+            .and_then(|_| self.events.read_to_string(&mut events));
+        read.is_ok() && wanted.trim() == "1" && events.lines().any(|line| line == "frozen 1")
     }
 
     fn is_populated(&mut self) -> bool {

@@ -1,0 +1,95 @@
+//! The guard of missing pages, as a process of this program, and the verdict that it leaves.
+//!
+//! The verdict stands beside the journal: whoever recovers a target that was committed, and that its
+//! haulier has not reported whole, learns from it what became of it. The guard holds a lock on it for
+//! as long as it lives, so that nobody decides while it is still killing.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use haulier_memory::lazy::guard::{self, Outcome};
+use haulier_proto::id::MigrationId;
+use rustix::fs::{FlockOperation, flock};
+
+use crate::directories::state_directory;
+
+/// How long a guard that has lost its daemon may take to kill the tasks.
+const END_TIME: Duration = Duration::from_secs(20);
+/// How often it is looked whether it has ended.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// What became of the tasks, as their guard saw it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// Every page is in its place.
+    Complete,
+    /// The tasks were killed, and had never run here: they stood in a frozen cgroup.
+    NeverRan,
+    /// The tasks were killed with pages missing, and may have run; or the guard itself was killed,
+    /// and what is left of them must not be trusted.
+    Lost,
+}
+
+/// Where the guard of a migration leaves its verdict. It goes with the journal's folder.
+pub fn verdict_file(id: MigrationId) -> PathBuf {
+    state_directory(id).join("guard")
+}
+
+/// The whole life of a guard of the tasks in `cgroup`.
+///
+/// # Errors
+/// If it cannot do its work; the process that started it is told.
+pub fn run(cgroup: &Path, verdict: &Path) -> anyhow::Result<()> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(verdict)?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+    let word = match guard::run(cgroup)? {
+        Outcome::Complete => COMPLETE,
+        Outcome::Killed { had_run: false } => NEVER_RAN,
+        Outcome::Killed { had_run: true } => LOST,
+    };
+    file.write_all(word.as_bytes())?;
+    // The word must not come after the loss of power that undoes what follows from it.
+    file.sync_all()?;
+    Ok(())
+}
+
+/// What became of a target, once its guard has ended.
+///
+/// # Errors
+/// [`io::ErrorKind::TimedOut`] if it does not end; else if its verdict cannot be read.
+pub fn fate(id: MigrationId) -> io::Result<Fate> {
+    let path = verdict_file(id);
+    let mut file = match File::open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Fate::Lost),
+        Err(error) => return Err(error),
+    };
+    let deadline = Instant::now() + END_TIME;
+    while flock(&file, FlockOperation::NonBlockingLockShared).is_err() {
+        if Instant::now() > deadline {
+            let what = format!("the guard that holds {} does not end", path.display());
+            return Err(io::Error::new(io::ErrorKind::TimedOut, what));
+        }
+        thread::sleep(LOOK);
+    }
+    let mut word = String::new();
+    file.read_to_string(&mut word)?;
+    Ok(match word.as_str() {
+        COMPLETE => Fate::Complete,
+        NEVER_RAN => Fate::NeverRan,
+        _ => Fate::Lost,
+    })
+}
+
+const COMPLETE: &str = "complete\n";
+const NEVER_RAN: &str = "killed before it ran\n";
+const LOST: &str = "killed with pages missing\n";
