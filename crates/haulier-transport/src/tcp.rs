@@ -6,7 +6,8 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
 
@@ -14,6 +15,10 @@ use crate::channel::Channel;
 use crate::error::TransportError;
 use crate::wait::{Wait, WaitError};
 
+/// How long a server waits for its address: one that was killed keeps it until the kernel has taken
+/// its memory apart, which at several GiB takes a second or more.
+const BIND_TIME: Duration = Duration::from_secs(5);
+const BIND_PAUSE: Duration = Duration::from_millis(10);
 /// How long unacknowledged data may wait before the kernel gives the connection up.
 const USER_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -67,8 +72,21 @@ pub struct Listener {
     socket: TcpListener,
 }
 
+fn bind_patiently(address: &str) -> io::Result<TcpListener> {
+    let deadline = Instant::now() + BIND_TIME;
+    loop {
+        match TcpListener::bind(address) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                thread::sleep(BIND_PAUSE);
+            }
+            result => return result,
+        }
+    }
+}
+
 impl Listener {
     /// Listens on `address` (`host:port`; port 0 takes a free one).
+    /// Waits some seconds for an address that is in use.
     ///
     /// # Errors
     /// [`TransportError::Listen`].
@@ -77,7 +95,7 @@ impl Listener {
             address: address.to_owned(),
             source,
         };
-        let socket = TcpListener::bind(address).map_err(failed)?;
+        let socket = bind_patiently(address).map_err(failed)?;
         socket.set_nonblocking(true).map_err(failed)?;
         Ok(Listener { socket })
     }

@@ -11,6 +11,7 @@ use stage::{LONG, MOVING_V4, Stage, eventually};
 
 const HAULIER: &str = env!("CARGO_BIN_EXE_haulier");
 const NOTHING_TOUCHED: i32 = 3;
+const NEEDS_YOU: i32 = 5;
 /// Bytes of values, which at [`RATE`] take some seconds.
 const DATA: u64 = 24 << 20;
 const RATE: &str = "60mbit";
@@ -151,21 +152,59 @@ fn a_server_that_is_killed_takes_a_target_that_lacks_pages_with_it() {
     moving.migration.process.kill(Signal::KILL).unwrap();
     let _ = moving.migration.finish(LONG).unwrap();
     moving.stage.lab.shape(None).unwrap();
-    let id = moving
-        .stage
-        .host(1)
-        .shell("ls /var/lib/haulier")
-        .unwrap()
-        .success();
     // The server that starts next removes what the killed one left there.
     let _server = moving.stage.serve(2);
-    let resolve = ["resolve", id.trim(), "here"];
-    moving
-        .stage
-        .haulier(1)
-        .args(resolve)
-        .output(LONG)
-        .unwrap()
-        .success();
+    run_here(&moving.stage);
     assert_whole(&moving.stage);
+}
+
+#[test]
+fn a_server_that_starts_after_a_loss_tells_the_source_that_asks() {
+    let moving = Moving::set("post-copy");
+    let pid = moving.redis.pid();
+    moving.servers[1].process.kill(Signal::KILL).unwrap();
+    let _server = moving.stage.serve(2);
+    // Told at once, though it would have asked for ever.
+    let output = moving.migration.finish(LONG).unwrap();
+    assert_eq!(output.status.code(), Some(NEEDS_YOU), "{}", output.stderr);
+    assert!(
+        output.stderr.contains("is lost at the destination"),
+        "{}",
+        output.stderr
+    );
+    moving.stage.lab.shape(None).unwrap();
+    assert!(!moving.stage.host(2).process_alive(pid));
+    let addresses = |host: usize| {
+        let shown = moving.stage.host(host).run(["ip", "addr", "show", "eth0"]);
+        shown.unwrap().success().contains(MOVING_V4)
+    };
+    assert!(!addresses(2), "the lost target's address is still there");
+    run_here(&moving.stage);
+    assert!(addresses(1));
+    assert_whole(&moving.stage);
+}
+
+#[test]
+fn a_server_that_is_killed_before_all_that_came_is_placed_does_not_cost_the_last_copy() {
+    let moving = Moving::set("pre-copy");
+    moving.servers[1].process.kill(Signal::KILL).unwrap();
+    let _server = moving.stage.serve(2);
+    let output = moving.migration.finish(LONG).unwrap();
+    moving.stage.lab.shape(None).unwrap();
+    // The server may just have been quick enough.
+    match output.status.code() {
+        Some(0) => assert!(moving.stage.host(2).process_alive(moving.redis.pid())),
+        Some(NEEDS_YOU) => run_here(&moving.stage),
+        other => panic!("{other:?}: {}", output.stderr),
+    }
+    assert_whole(&moving.stage);
+}
+
+/// A person lets the target run on on its source, from where it was frozen.
+#[track_caller]
+fn run_here(stage: &Stage) {
+    let id = stage.host(1).shell("ls /var/lib/haulier").unwrap();
+    let resolve = ["resolve", id.success().trim(), "here"].map(str::to_owned);
+    let output = stage.haulier(1).args(resolve).output(LONG).unwrap();
+    output.success();
 }
