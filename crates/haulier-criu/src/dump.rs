@@ -1,10 +1,15 @@
 //! A dump, by the points at which it is held.
 //!
 //! ```text
-//! Dump::freeze ──▶ Frozen ──capture──▶ Captured ──release──▶ tasks dead
-//!                    │                    └──────abandon──▶ tasks go on (or stay in their frozen cgroup)
-//!                    └──drop──▶ tasks go on
+//! start ──▶ Starting ──ready──▶ Ready ──freeze──▶ Frozen ──capture──▶ Captured ──release──▶ tasks dead
+//!              │                  │                 │                    └──────abandon──▶ tasks go on (or stay in their frozen cgroup)
+//!              └──────drop────────┴──▶ no task      └──drop──▶ tasks go on
+//!                                      was touched
 //! ```
+//! A CRIU that is [`Ready`] waits at its first hook, `pre-dump`: it has been linked, has read its
+//! options and has probed the kernel. Of the tasks it knows the number of the root and nothing
+//! else, so it may wait there for as long as the rounds take; its timeout runs from the freeze on.
+//!
 //! The page server that CRIU would serve lazy pages with never carries a page: its socket is one
 //! end of a pair of ours, and only how the end of the dump is told. CRIU takes the end of file on
 //! it as success, and an unknown command as failure (seen with 4.1.1 and 4.2.1).
@@ -64,6 +69,14 @@ pub enum DumpError {
     Failed(#[from] CriuFailure),
 }
 
+/// CRIU has its request and gets ready. No task is touched.
+#[derive(Debug)]
+pub struct Starting(Running);
+
+/// CRIU is about to stop the tasks, and waits for the word. No task is touched.
+#[derive(Debug)]
+pub struct Ready(Running);
+
 /// The tasks are stopped by CRIU, their memory and descriptors not yet read.
 #[derive(Debug)]
 pub struct Frozen(Running);
@@ -80,11 +93,11 @@ struct Running {
     log: PathBuf,
 }
 
-/// Starts a dump and stops the tasks of the tree.
+/// Starts a CRIU and sends it the request for a dump. Does not wait.
 ///
 /// # Errors
-/// See [`DumpError`]; the tasks run on.
-pub fn freeze(criu: &Criu, options: &DumpOptions, wait: &Wait) -> Result<Frozen, DumpError> {
+/// See [`DumpError`].
+pub fn start(criu: &Criu, options: &DumpOptions) -> Result<Starting, DumpError> {
     let setup = |doing| move |source: io::Error| DumpError::Setup { doing, source };
     let (ours, theirs) = rustix::net::socketpair(
         AddressFamily::UNIX,
@@ -100,16 +113,14 @@ pub fn freeze(criu: &Criu, options: &DumpOptions, wait: &Wait) -> Result<Frozen,
         .map_err(setup("configuration file"))?;
     let log = options.directory.join(LOG);
     let mut swrk = Swrk::start(criu.path(), vec![theirs]).map_err(DumpError::Start)?;
-    let failed = |error| CriuFailure::from_rpc(FAILED, error, &log);
-    swrk.send(&Request {
+    let request = Request {
         kind: Kind::Dump as i32,
         options: Some(rpc_options(options, &config)),
         ..Request::default()
-    })
-    .map_err(failed)?;
-    swrk.run_to("query-ext-files", wait)
-        .map_err(|error| CriuFailure::from_run(FAILED, error, &log))?;
-    Ok(Frozen(Running {
+    };
+    swrk.send(&request)
+        .map_err(|error| CriuFailure::from_rpc(FAILED, error, &log))?;
+    Ok(Starting(Running {
         swrk,
         page_socket: ours,
         log,
@@ -117,6 +128,52 @@ pub fn freeze(criu: &Criu, options: &DumpOptions, wait: &Wait) -> Result<Frozen,
 }
 
 const FAILED: &str = "CRIU could not dump the process tree";
+
+impl Starting {
+    /// Waits until nothing is left to be done before the tasks are stopped.
+    ///
+    /// # Errors
+    /// See [`CriuFailure`]; the tasks run on.
+    pub fn ready(self, wait: &Wait) -> Result<Ready, CriuFailure> {
+        Ok(Ready(self.0.run_to("pre-dump", wait)?))
+    }
+}
+
+impl Ready {
+    /// The CRIU process.
+    pub fn criu_pid(&self) -> i32 {
+        self.0.swrk.pid()
+    }
+
+    /// Whether CRIU still waits. One that was killed meanwhile can be replaced: nothing has
+    /// happened to the tasks.
+    pub fn is_alive(&mut self) -> bool {
+        self.0.swrk.is_alive()
+    }
+
+    /// Stops the tasks.
+    ///
+    /// # Errors
+    /// See [`CriuFailure`]; the tasks run on.
+    pub fn freeze(mut self, wait: &Wait) -> Result<Frozen, CriuFailure> {
+        self.0.go_on()?;
+        Ok(Frozen(self.0.run_to("query-ext-files", wait)?))
+    }
+}
+
+impl Running {
+    fn go_on(&mut self) -> Result<(), CriuFailure> {
+        let result = self.swrk.answer(true);
+        result.map_err(|error| CriuFailure::from_rpc(FAILED, error, &self.log))
+    }
+
+    fn run_to(mut self, hook: &'static str, wait: &Wait) -> Result<Running, CriuFailure> {
+        match self.swrk.run_to(hook, wait) {
+            Ok(_) => Ok(self),
+            Err(error) => Err(CriuFailure::from_run(FAILED, error, &self.log)),
+        }
+    }
+}
 
 impl Frozen {
     /// The CRIU process that holds the tasks.
@@ -128,18 +185,9 @@ impl Frozen {
     ///
     /// # Errors
     /// See [`CriuFailure`]; the tasks run on.
-    pub fn capture(self, wait: &Wait) -> Result<Captured, CriuFailure> {
-        let mut running = self.0;
-        let log = running.log.clone();
-        running
-            .swrk
-            .answer(true)
-            .map_err(|e| CriuFailure::from_rpc(FAILED, e, &log))?;
-        running
-            .swrk
-            .run_to("post-dump", wait)
-            .map_err(|error| CriuFailure::from_run(FAILED, error, &log))?;
-        Ok(Captured(running))
+    pub fn capture(mut self, wait: &Wait) -> Result<Captured, CriuFailure> {
+        self.0.go_on()?;
+        Ok(Captured(self.0.run_to("post-dump", wait)?))
     }
 }
 

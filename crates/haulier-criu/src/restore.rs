@@ -1,16 +1,29 @@
 //! A restore, by the points at which it is held.
 //!
 //! ```text
-//! restore::start ──▶ Parked ──proceed──▶ AtResume ──detach──▶ tasks run (or stand in their frozen cgroup)
-//!                      └──drop──▶ tasks killed
+//! start ──▶ Starting ──wait_for_images──▶ Waiting ──restore──▶ Parked ──proceed──▶ AtResume ──detach──▶ tasks run (or stand in
+//!              └──────────restore─────────────│──────────────────┘│                                      their frozen cgroup)
+//!                                             └──drop──▶ nothing  └──drop──▶ tasks killed
 //! ```
+//! A CRIU that is [`Waiting`] has been linked, has read its options and has probed the kernel. It
+//! stands in its first look at the images, which is one at the inventory: that name belonged to a
+//! FIFO when CRIU opened it, and CRIU reads until we close our end. It is read once, from its
+//! beginning to its end (seen with 4.1.1 and 4.2.1).
+//!
 //! Until [`Parked`] no code of the target has run and a "no" kills what was restored. At
 //! [`AtResume`] CRIU only sets registers and detaches, whatever it is answered, even by its death:
 //! whoever does not want the tasks to run freezes their cgroup before that.
 
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use haulier_sys::wait::Wait;
+use haulier_sys::wait::{Wait, WaitError};
+use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::io::Errno;
+use thiserror::Error;
 
 use crate::failure::CriuFailure;
 use crate::find::Criu;
@@ -20,6 +33,12 @@ use crate::swrk::{RpcError, Swrk};
 /// Name of the log in the image directory.
 pub const LOG: &str = "restore.log";
 const LOG_LEVEL: i32 = 3;
+/// The image that CRIU reads first.
+const INVENTORY: &str = "inventory.img";
+/// CRIU's own are some hundred bytes.
+const LONGEST_INVENTORY: u64 = 1 << 20;
+/// How often it is looked whether CRIU has come to the inventory.
+const LOOK: Duration = Duration::from_millis(1);
 const FAILED: &str = "CRIU could not restore the process tree";
 
 /// What is restored, and from where.
@@ -31,11 +50,40 @@ pub struct RestoreOptions {
     pub shell_job: bool,
 }
 
+/// A restore failed.
+#[derive(Debug, Error)]
+pub enum RestoreError {
+    /// The inventory, by which CRIU is held, could not be handled.
+    #[error("cannot {doing} {path}", path = path.display())]
+    Inventory {
+        /// What was being done.
+        doing: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// CRIU failed.
+    #[error(transparent)]
+    Failed(#[from] CriuFailure),
+}
+
 /// CRIU has been started and waits for its request.
 #[derive(Debug)]
 pub struct Starting {
     swrk: Swrk,
     log: PathBuf,
+}
+
+/// CRIU has its request, is ready, and waits for the images.
+#[derive(Debug)]
+pub struct Waiting {
+    // Dropped first: CRIU reads from its other end, and ends when that does.
+    gate: OwnedFd,
+    swrk: Swrk,
+    log: PathBuf,
+    inventory: PathBuf,
 }
 
 /// The tasks are restored and parked in CRIU's restorer: memory mapped and registered with
@@ -73,32 +121,152 @@ impl Starting {
         self.swrk.pid()
     }
 
-    /// Restores the tree up to the point where its memory can be filled.
+    /// Restores the tree, whose images are all there, up to the point where its memory can be
+    /// filled.
     ///
     /// # Errors
     /// See [`CriuFailure`]; nothing is left of the tree.
     pub fn restore(mut self, options: &RestoreOptions, wait: &Wait) -> Result<Parked, CriuFailure> {
+        self.request(options)?;
+        run_to_parked(self.swrk, self.log, wait)
+    }
+
+    /// Has CRIU get ready before there are any images: the directory must have none yet. Returns
+    /// when it has, and the directory is empty again but for its log.
+    ///
+    /// # Errors
+    /// See [`RestoreError`].
+    pub fn wait_for_images(
+        mut self,
+        options: &RestoreOptions,
+        wait: &Wait,
+    ) -> Result<Waiting, RestoreError> {
+        let inventory = options.directory.join(INVENTORY);
+        let failed = |doing| {
+            let path = inventory.clone();
+            move |errno: Errno| RestoreError::Inventory {
+                doing,
+                path,
+                source: errno.into(),
+            }
+        };
+        rustix::fs::mknodat(CWD, &inventory, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
+            .map_err(failed("make the FIFO"))?;
+        let opened = self
+            .request(options)
+            .map_err(RestoreError::from)
+            .and_then(|()| loop {
+                // It has no reader, and cannot be opened, before CRIU waits in opening it.
+                let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+                match rustix::fs::open(&inventory, flags, Mode::empty()) {
+                    Ok(gate) => return Ok(gate),
+                    Err(Errno::NXIO) => self.expect_silence(wait)?,
+                    Err(errno) => return Err(failed("open the FIFO")(errno)),
+                }
+            });
+        // The name is for the image that comes.
+        let removed = rustix::fs::unlink(&inventory).map_err(failed("remove the FIFO"));
+        let gate = opened?;
+        removed?;
+        Ok(Waiting {
+            gate,
+            swrk: self.swrk,
+            log: self.log,
+            inventory,
+        })
+    }
+
+    fn request(&mut self, options: &RestoreOptions) -> Result<(), CriuFailure> {
         let request = Request {
             kind: Kind::Restore as i32,
             options: Some(rpc_options(options)),
             ..Request::default()
         };
-        self.swrk
-            .send(&request)
-            .map_err(|e| CriuFailure::from_rpc(FAILED, e, &self.log))?;
-        let root = match self.swrk.run_to("post-restore", wait) {
-            Ok(Some(root)) => root,
-            Ok(None) => return Err(no_pid(&self.log)),
-            Err(error) => {
-                self.swrk.kill_children();
-                return Err(CriuFailure::from_run(FAILED, error, &self.log));
-            }
+        let sent = self.swrk.send(&request);
+        sent.map_err(|e| CriuFailure::from_rpc(FAILED, e, &self.log))
+    }
+
+    /// Waits for a moment in which CRIU says nothing: whatever it says before it has seen an image
+    /// is that it failed.
+    fn expect_silence(&mut self, wait: &Wait) -> Result<(), CriuFailure> {
+        match self.swrk.receive(&wait.at_most(LOOK)) {
+            Ok(response) => Err(CriuFailure::from_response(FAILED, &response, &self.log)),
+            Err(RpcError::Deadline) if !wait.remaining().is_zero() => Ok(()),
+            Err(error) => Err(CriuFailure::from_rpc(FAILED, error, &self.log)),
+        }
+    }
+}
+
+impl Waiting {
+    /// The CRIU process.
+    pub fn criu_pid(&self) -> i32 {
+        self.swrk.pid()
+    }
+
+    /// Whether CRIU still waits. One that was killed meanwhile can be replaced: it has made
+    /// nothing.
+    pub fn is_alive(&mut self) -> bool {
+        self.swrk.is_alive()
+    }
+
+    /// Restores the tree, whose images are all there now, up to the point where its memory can be
+    /// filled.
+    ///
+    /// # Errors
+    /// See [`RestoreError`]; nothing is left of the tree.
+    pub fn restore(self, wait: &Wait) -> Result<Parked, RestoreError> {
+        let failed = |doing, source| RestoreError::Inventory {
+            doing,
+            path: self.inventory.clone(),
+            source,
         };
-        Ok(Parked {
-            swrk: self.swrk,
-            log: self.log,
-            root,
-        })
+        let mut contents = Vec::new();
+        let mut read = || {
+            let file = File::open(&self.inventory)?;
+            file.take(LONGEST_INVENTORY + 1).read_to_end(&mut contents)
+        };
+        let length = read().map_err(|source| failed("read", source))?;
+        if length as u64 > LONGEST_INVENTORY {
+            return Err(failed("take all of", Errno::FBIG.into()));
+        }
+        match pour(&self.gate, &contents, wait) {
+            Ok(()) => {}
+            // What happened to it, CRIU's answer tells.
+            Err(WaitError::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            Err(WaitError::Io(source)) => return Err(failed("hand CRIU", source)),
+            Err(WaitError::Deadline) => return Err(self.given_up(RpcError::Deadline)),
+            Err(WaitError::Cancelled) => return Err(self.given_up(RpcError::Cancelled)),
+        }
+        drop(self.gate);
+        Ok(run_to_parked(self.swrk, self.log, wait)?)
+    }
+
+    fn given_up(&self, error: RpcError) -> RestoreError {
+        CriuFailure::from_rpc(FAILED, error, &self.log).into()
+    }
+}
+
+/// Writes all of it into a pipe that does not block.
+fn pour(pipe: &OwnedFd, mut contents: &[u8], wait: &Wait) -> Result<(), WaitError> {
+    while !contents.is_empty() {
+        match rustix::io::write(pipe, contents) {
+            Ok(count) => contents = &contents[count..],
+            Err(Errno::AGAIN) => wait.writable(pipe)?,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(WaitError::Io(errno.into())),
+        }
+    }
+    Ok(())
+}
+
+fn run_to_parked(mut swrk: Swrk, log: PathBuf, wait: &Wait) -> Result<Parked, CriuFailure> {
+    match swrk.run_to("post-restore", wait) {
+        Ok(Some(root)) => Ok(Parked { swrk, log, root }),
+        Ok(None) => Err(no_pid(&log)),
+        Err(error) => {
+            swrk.kill_children();
+            Err(CriuFailure::from_run(FAILED, error, &log))
+        }
     }
 }
 

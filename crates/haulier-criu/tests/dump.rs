@@ -1,15 +1,17 @@
 //! A real CRIU dumps a real process, which then goes on or not.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use haulier_criu::dump::{self, DumpError, DumpOptions};
+use haulier_criu::dump::{self, DumpOptions, Frozen, Ready};
 use haulier_criu::skeleton::Skeleton;
-use haulier_criu::{Criu, find};
+use haulier_criu::{Criu, CriuFailure, find};
 use haulier_sys::namespaces::close_on_exec_from;
 use haulier_sys::session::in_new_session;
 use haulier_sys::wait::Wait;
+use rustix::process::{Pid, Signal, kill_process};
 
 fn soon() -> Wait {
     Wait::uncancellable(Duration::from_secs(30))
@@ -48,6 +50,19 @@ fn options(pid: i32, directory: &tempfile::TempDir) -> DumpOptions {
     }
 }
 
+fn ready(criu: &Criu, pid: i32, directory: &tempfile::TempDir) -> Ready {
+    let starting = dump::start(criu, &options(pid, directory)).unwrap();
+    starting.ready(&soon()).unwrap()
+}
+
+fn freeze(
+    criu: &Criu,
+    pid: i32,
+    directory: &tempfile::TempDir,
+) -> Result<Frozen, CriuFailure> {
+    ready(criu, pid, directory).freeze(&soon())
+}
+
 /// State letter of a process, from `/proc/PID/stat`.
 fn state(pid: i32) -> char {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
@@ -72,7 +87,7 @@ fn a_dump_given_up_leaves_the_process_and_a_released_one_kills_it() {
     let pid = child.id() as i32;
 
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
-    let frozen = dump::freeze(&criu, &options(pid, &directory), &soon()).unwrap();
+    let frozen = freeze(&criu, pid, &directory).unwrap();
     assert_eq!(state(pid), 't');
     let captured = frozen.capture(&soon()).unwrap();
     let skeleton = Skeleton::read(directory.path()).unwrap();
@@ -90,7 +105,7 @@ fn a_dump_given_up_leaves_the_process_and_a_released_one_kills_it() {
     assert!(child.try_wait().unwrap().is_none());
 
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
-    let frozen = dump::freeze(&criu, &options(pid, &directory), &soon()).unwrap();
+    let frozen = freeze(&criu, pid, &directory).unwrap();
     frozen.capture(&soon()).unwrap().release(&soon()).unwrap();
     use std::os::unix::process::ExitStatusExt;
     assert_eq!(child.wait().unwrap().signal(), Some(9));
@@ -103,13 +118,70 @@ fn dropping_a_hold_or_losing_criu_lets_the_process_go_on() {
     let pid = child.id() as i32;
 
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
-    drop(dump::freeze(&criu, &options(pid, &directory), &soon()).unwrap());
+    drop(freeze(&criu, pid, &directory).unwrap());
     assert_sleeps(pid);
 
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
-    let frozen = dump::freeze(&criu, &options(pid, &directory), &soon()).unwrap();
+    let frozen = freeze(&criu, pid, &directory).unwrap();
     frozen.capture(&soon()).unwrap().kill_criu();
     assert_sleeps(pid);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// What a process did, as the kernel counts it: it changes if someone stops it.
+fn switches(pid: i32) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let lines = status.lines().filter(|line| line.contains("ctxt_switches"));
+    lines.collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn a_dump_that_is_ready_has_touched_nothing_and_dropped_it_leaves_nothing() {
+    let Some(criu) = criu() else { return };
+    let mut child = sleeper();
+    let pid = child.id() as i32;
+    assert_sleeps(pid);
+    let before = switches(pid);
+
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let mut held = ready(&criu, pid, &directory);
+    assert!(held.is_alive());
+    let criu_pid = held.criu_pid();
+    drop(held);
+    assert!(!Path::new(&format!("/proc/{criu_pid}")).exists());
+    drop(dump::start(&criu, &options(pid, &directory)).unwrap());
+    assert_eq!((state(pid), switches(pid)), ('S', before));
+
+    // The directory of the one that was given up serves the next.
+    let frozen = freeze(&criu, pid, &directory).unwrap();
+    let captured = frozen.capture(&soon()).unwrap();
+    assert!(Skeleton::read(directory.path()).unwrap().lazy_pages() > 0);
+    captured.abandon(&soon()).unwrap();
+    assert_sleeps(pid);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_dump_that_died_while_it_was_ready_is_noticed_before_and_at_the_freeze() {
+    let Some(criu) = criu() else { return };
+    let mut child = sleeper();
+    let pid = child.id() as i32;
+    assert_sleeps(pid);
+
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let mut held = ready(&criu, pid, &directory);
+    let criu_pid = Pid::from_raw(held.criu_pid()).unwrap();
+    kill_process(criu_pid, Signal::KILL).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while held.is_alive() {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let failure = held.freeze(&soon()).unwrap_err();
+    assert!(failure.to_string().contains("ended"), "{failure}");
+    assert_eq!(state(pid), 'S');
     child.kill().unwrap();
     child.wait().unwrap();
 }
@@ -122,9 +194,6 @@ fn a_process_that_is_not_there_is_a_failure_with_a_reason() {
     child.kill().unwrap();
     child.wait().unwrap();
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
-    let error = dump::freeze(&criu, &options(pid, &directory), &soon()).unwrap_err();
-    let DumpError::Failed(failure) = error else {
-        panic!("{error}")
-    };
+    let failure = freeze(&criu, pid, &directory).unwrap_err();
     assert!(failure.reason().is_some(), "{failure:?}");
 }

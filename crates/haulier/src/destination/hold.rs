@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use haulier_criu::restore::{self, RestoreOptions};
+use haulier_criu::restore::{self, Parked, RestoreOptions, Starting, Waiting};
 use haulier_criu::skeleton::Skeleton;
 use haulier_memory::lazy::guard::Guard;
 use haulier_memory::lazy::{LazyMap, LazyPages, LazyPagesHandle, LazyTask};
@@ -64,16 +64,22 @@ pub(crate) struct Hold {
     /// Handed to the daemon that fills the target's memory.
     guard: Option<Guard>,
     lazy: Option<LazyPagesHandle>,
+    criu: RestoreOptions,
+    /// Ready, and in its cgroup, before there are any images.
+    waiting: Option<Waiting>,
     root: i32,
     over: bool,
 }
 
 impl Hold {
-    /// Makes room: a directory, a cgroup, a lock that is ready. Nothing is seen of it from outside.
+    /// Makes room: a directory, a cgroup, a lock and a CRIU that are ready. Nothing is seen of it
+    /// from outside.
     pub(crate) fn prepare(
         shared: &Shared,
         id: MigrationId,
         addresses: Vec<MoveIp>,
+        shell_job: bool,
+        wait: &Wait,
     ) -> Result<Hold, AnyError> {
         let directory = ImageDirectory::create(id, "restore")?;
         let mut armed = match addresses.is_empty() {
@@ -89,7 +95,11 @@ impl Hold {
             .arg(guard::verdict_file(id));
         let guard = Guard::spawn(command, &Wait::uncancellable(GUARD_TIME))
             .inspect_err(|_| drop(home.remove()))?;
-        Ok(Hold {
+        let criu = RestoreOptions {
+            directory: directory.path().to_owned(),
+            shell_job,
+        };
+        let mut hold = Hold {
             id,
             directory,
             home,
@@ -102,9 +112,33 @@ impl Hold {
             announcements: Vec::new(),
             guard: Some(guard),
             lazy: None,
+            criu,
+            waiting: None,
             root: 0,
             over: false,
-        })
+        };
+        let starting = hold.start_criu(shared)?;
+        hold.waiting = Some(starting.wait_for_images(&hold.criu, wait)?);
+        Ok(hold)
+    }
+
+    /// Starts CRIU in the target's cgroup: before it forks the first task, so that all of them are
+    /// born there and none can be missed.
+    fn start_criu(&self, shared: &Shared) -> Result<Starting, AnyError> {
+        let criu = shared.criu.as_ref().map_err(|reason| reason.clone())?;
+        let starting = restore::start(criu, &self.criu)?;
+        self.home.add(starting.criu_pid())?;
+        Ok(starting)
+    }
+
+    fn run_criu(&mut self, shared: &Shared, wait: &Wait) -> Result<Parked, AnyError> {
+        if let Some(mut waiting) = self.waiting.take() {
+            if waiting.is_alive() {
+                return Ok(waiting.restore(wait)?);
+            }
+            warn!("the CRIU that was held ready has ended; starting another");
+        }
+        Ok(self.start_criu(shared)?.restore(&self.criu, wait)?)
     }
 
     /// The directory of the images.
@@ -121,12 +155,10 @@ impl Hold {
     pub(crate) fn restore(
         &mut self,
         shared: &Shared,
-        shell_job: bool,
         memory: &Memory<'_>,
         clock: &mut Stopwatch,
         wait: &Wait,
     ) -> Result<(), AnyError> {
-        let criu = shared.criu.as_ref().map_err(|reason| reason.clone())?;
         let skeleton = Skeleton::read(self.directory.path())?;
         let faults: Arc<FaultClient> = Arc::clone(memory.faults);
         let mut daemon = LazyPages::listen(self.directory.path())?.faults_to(faults);
@@ -137,14 +169,7 @@ impl Hold {
         self.take_addresses()?;
         clock.lap("addresses");
 
-        let options = RestoreOptions {
-            directory: self.directory.path().to_owned(),
-            shell_job,
-        };
-        let starting = restore::start(criu, &options)?;
-        // Before it forks the first task: all of them are born there, and none can be missed.
-        self.home.add(starting.criu_pid())?;
-        let parked = starting.restore(&options, wait)?;
+        let parked = self.run_criu(shared, wait)?;
         self.root = parked.root();
         clock.lap("restore");
 
@@ -235,6 +260,8 @@ impl Hold {
         let wait = Wait::uncancellable(UNDO_TIME);
         let mut left = Vec::new();
         let mut note = |what: &str, error: &dyn Error| left.push(format!("{what}: {error}"));
+        // It has made nothing yet, and ends when nobody is there to let it go on.
+        self.waiting = None;
         // The tasks first: without the daemon, what is missing of their memory reads as zero.
         if let Err(error) = self.home.kill(&wait) {
             note("restored tasks", &error);

@@ -179,7 +179,11 @@ impl<'a> Session<'a> {
         for address in &addresses {
             journal.hold(&Holding::Address(address.to_string()))?;
         }
-        Hold::prepare(self.shared, self.id, addresses)
+        let Some(link) = &self.link else {
+            unreachable!("prepared for a source that was never there")
+        };
+        let wait = self.shared.step(&link.stop);
+        Hold::prepare(self.shared, self.id, addresses, self.needs.shell_job, &wait)
     }
 
     /// Waits for the connections, and starts to receive pages over each memory connection.
@@ -273,12 +277,11 @@ impl<'a> Session<'a> {
             unreachable!("restored before prepared")
         };
         let wait = self.shared.step(&link.stop);
-        let shell_job = self.needs.shell_job;
         let memory = Memory {
             store: &self.store,
             faults: &self.faults,
         };
-        let result = hold.restore(self.shared, shell_job, &memory, &mut self.clock, &wait);
+        let result = hold.restore(self.shared, &memory, &mut self.clock, &wait);
         let Err(error) = result else {
             return Ok(());
         };

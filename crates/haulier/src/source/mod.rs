@@ -172,6 +172,7 @@ impl<'a> Migration<'a> {
 
     fn prepare(&mut self) -> Result<(), Setback> {
         self.timeline.enter(Phase::Prepare);
+        let wait = self.step();
         let Some(journal) = &mut self.journal else {
             unreachable!("prepared without a journal")
         };
@@ -181,7 +182,7 @@ impl<'a> Migration<'a> {
                 return Err(self.setback(&error));
             }
         }
-        let target = Target::prepare(&self.plan, &self.options.move_addresses, journal);
+        let target = Target::prepare(&self.plan, &self.options.move_addresses, journal, &wait);
         self.target = Some(target.map_err(|e| self.setback(&*e))?);
         let mode = self.options.mode;
         let may_leave = matches!(mode, Mode::PostCopy | Mode::Hybrid)
@@ -208,7 +209,11 @@ impl<'a> Migration<'a> {
         let wait = self.step();
         let opened = Streams::open(&self.dialer, self.options, streams, &also, &wait);
         self.streams = Some(opened.map_err(|e| self.setback(&*e))?);
-        Ok(())
+        let Some(target) = &mut self.target else {
+            unreachable!("ready before prepared")
+        };
+        let ready = target.get_ready(&self.plan, &wait);
+        ready.map_err(|e| self.setback(&*e))
     }
 
     fn suitable_streams(&self) -> u32 {

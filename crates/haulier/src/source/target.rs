@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::path::Path;
 
-use haulier_criu::dump::{self, Captured, DumpOptions, Frozen};
+use haulier_criu::dump::{self, Captured, DumpOptions, Frozen, Ready, Starting};
 use haulier_criu::skeleton::Skeleton;
 use haulier_proto::id::MigrationId;
 use haulier_sys::wait::Wait;
@@ -56,20 +56,25 @@ pub(crate) struct Target {
 #[derive(Debug)]
 enum Dump {
     None,
+    /// Made while the target runs, so that the freeze does not wait for it.
+    Starting(Starting),
+    Ready(Ready),
     Frozen(Frozen),
     Captured(Captured),
 }
 
 impl Target {
     /// Confines the tree to cgroups of its own and readies everything for the freeze. The target
-    /// runs on.
+    /// runs on. [`Target::get_ready`] waits for what is slow of that.
     pub(crate) fn prepare(
         plan: &Plan,
         moved: &[MoveIp],
         journal: &mut Journal,
+        wait: &Wait,
     ) -> Result<Target, AnyError> {
         let id = journal.id();
         let directory = ImageDirectory::create(id, "dump").map_err(TargetError::Directory)?;
+        let starting = dump::start(&plan.criu, &dump_options(plan, &directory, wait))?;
         let mut armed = ArmedLock::arm(&id.to_string())?;
         let forwarding = Forwarding::arm(id, moved, &mut armed);
         let mut target = Target {
@@ -81,11 +86,35 @@ impl Target {
             forwarding,
             forwarded: 0,
             throttle: None,
-            dump: Dump::None,
+            dump: Dump::Starting(starting),
             over: false,
         };
         target.confine(plan, journal)?;
         Ok(target)
+    }
+
+    /// Waits until CRIU has done all that it can do before it stops the tasks. It then waits, for as
+    /// long as the rounds take, to be told.
+    pub(crate) fn get_ready(&mut self, plan: &Plan, wait: &Wait) -> Result<(), AnyError> {
+        let ready = self.take_ready(plan, wait)?;
+        self.dump = Dump::Ready(ready);
+        Ok(())
+    }
+
+    fn take_ready(&mut self, plan: &Plan, wait: &Wait) -> Result<Ready, AnyError> {
+        match std::mem::replace(&mut self.dump, Dump::None) {
+            Dump::Starting(starting) => return Ok(starting.ready(wait)?),
+            Dump::Ready(mut ready) => {
+                if ready.is_alive() {
+                    return Ok(ready);
+                }
+                warn!("the CRIU that was held ready has ended; starting another");
+            }
+            Dump::None => {}
+            Dump::Frozen(_) | Dump::Captured(_) => unreachable!("frozen twice"),
+        }
+        let options = dump_options(plan, &self.directory, wait);
+        Ok(dump::start(&plan.criu, &options)?.ready(wait)?)
     }
 
     /// The directory of the images.
@@ -158,13 +187,8 @@ impl Target {
         scope: &LockScope,
         wait: &Wait,
     ) -> Result<(), AnyError> {
-        let options = DumpOptions {
-            pid: plan.tree.root(),
-            directory: self.directory.path().to_owned(),
-            shell_job: plan.tree.session_is_outside(),
-            freeze_seconds: wait.remaining().as_secs().clamp(1, 60) as u32,
-        };
-        self.dump = Dump::Frozen(dump::freeze(&plan.criu, &options, wait)?);
+        let ready = self.take_ready(plan, wait)?;
+        self.dump = Dump::Frozen(ready.freeze(wait)?);
         if let Some(armed) = self.armed.take() {
             self.engaged = Some(armed.engage(scope)?);
         }
@@ -204,6 +228,8 @@ impl Target {
         let mut left = Vec::new();
         match std::mem::replace(&mut self.dump, Dump::None) {
             Dump::None => {}
+            Dump::Starting(starting) => drop(starting),
+            Dump::Ready(ready) => drop(ready),
             Dump::Frozen(frozen) => drop(frozen),
             Dump::Captured(captured) => {
                 if let Err(error) = captured.abandon(wait) {
@@ -324,6 +350,15 @@ impl Drop for Target {
                 warn!("{left}");
             }
         }
+    }
+}
+
+fn dump_options(plan: &Plan, directory: &ImageDirectory, wait: &Wait) -> DumpOptions {
+    DumpOptions {
+        pid: plan.tree.root(),
+        directory: directory.path().to_owned(),
+        shell_job: plan.tree.session_is_outside(),
+        freeze_seconds: wait.remaining().as_secs().clamp(1, 60) as u32,
     }
 }
 
