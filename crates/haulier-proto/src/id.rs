@@ -78,6 +78,27 @@ impl Secret {
         &self.0
     }
 
+    /// The secret in hexadecimal digits, for a file that only root reads.
+    pub fn to_hex(&self) -> String {
+        let digit = |nibble: u8| char::from_digit(nibble.into(), 16).unwrap_or('0');
+        let digits = |byte: &u8| [digit(byte >> 4), digit(byte & 15)];
+        self.0.iter().flat_map(digits).collect()
+    }
+
+    /// The secret that [`Secret::to_hex`] wrote; `None` for any other text.
+    pub fn from_hex(text: &str) -> Option<Secret> {
+        let digits: Option<Vec<u8>> = text
+            .chars()
+            .map(|digit| digit.to_digit(16).map(|digit| digit as u8))
+            .collect();
+        let bytes: Vec<u8> = digits?
+            .chunks(2)
+            .map(|pair| pair.iter().fold(0, |byte, digit| byte * 16 + digit))
+            .collect();
+        let whole = text.len() == 64;
+        bytes.try_into().ok().filter(|_| whole).map(Secret)
+    }
+
     /// Whether `shown` is this secret, without a hint by timing how much of it is right.
     pub fn matches(&self, shown: &[u8]) -> bool {
         shown.len() == self.0.len()
@@ -118,6 +139,25 @@ mod tests {
         ] {
             assert!(text.parse::<MigrationId>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_secret_reads_back_what_it_writes() {
+        let mut bytes = [0; 32];
+        bytes[0] = 0x0f;
+        bytes[31] = 0xf0;
+        let secret = Secret::from_random(bytes);
+        assert_eq!(Secret::from_hex(&secret.to_hex()), Some(secret.clone()));
+        assert!(secret.to_hex().starts_with("0f00"));
+        for text in [
+            "",
+            "0f",
+            &secret.to_hex()[1..],
+            &format!("{}0", secret.to_hex()),
+        ] {
+            assert_eq!(Secret::from_hex(text), None, "{text}");
+        }
+        assert_eq!(Secret::from_hex(&"x".repeat(64)), None);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use haulier_engine::journal::{DestinationRecord, SourceRecord};
-use haulier_proto::id::MigrationId;
+use haulier_proto::id::{MigrationId, Secret};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
@@ -42,6 +42,14 @@ pub enum Holding {
     Address(String),
     /// Where CPU time may be taken from the target.
     Throttle(PathBuf),
+    /// The destination: whoever takes the migration over asks it, with the secret that the
+    /// migration's connections share.
+    Peer {
+        /// `host:port`.
+        address: String,
+        /// Shown in every greeting.
+        secret: Secret,
+    },
 }
 
 /// The journal of one migration, open for appending and locked.
@@ -162,6 +170,9 @@ impl Journal {
             Holding::Cgroup(path) => self.append(&format!("has cgroup {}", path.display())),
             Holding::Address(address) => self.append(&format!("has address {address}")),
             Holding::Throttle(path) => self.append(&format!("has throttle {}", path.display())),
+            Holding::Peer { address, secret } => {
+                self.append(&format!("has peer {} {address}", secret.to_hex()))
+            }
         }
     }
 
@@ -254,6 +265,13 @@ impl Contents {
                 ("cgroup", path) => Some(Holding::Cgroup(PathBuf::from(path))),
                 ("address", address) => Some(Holding::Address(address.to_owned())),
                 ("throttle", path) => Some(Holding::Throttle(PathBuf::from(path))),
+                ("peer", peer) => {
+                    let (secret, address) = peer.split_once(' ')?;
+                    Some(Holding::Peer {
+                        address: address.to_owned(),
+                        secret: Secret::from_hex(secret)?,
+                    })
+                }
                 _ => None,
             })
             .collect()
@@ -375,6 +393,13 @@ mod tests {
         assert_eq!(
             contents.holdings(Side::Destination),
             [Holding::Address("10.0.0.5/24@eth0".to_owned())]
+        );
+        let secret = Secret::from_random([0xa7; 32]);
+        let text = format!("source has peer {} [::1]:7000\n", secret.to_hex());
+        let address = "[::1]:7000".to_owned();
+        assert_eq!(
+            Contents::parse(&text).holdings(Side::Source),
+            [Holding::Peer { address, secret }]
         );
         assert!(contents.is_of(Side::Source) && contents.is_of(Side::Destination));
     }

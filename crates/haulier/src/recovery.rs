@@ -1,13 +1,14 @@
 //! Undoing, or finishing, what a killed haulier left on this host.
 //!
 //! Only what the journal alone decides: a target frozen here before its commit runs on; one held
-//! here that was not committed is removed; one that was committed runs. A source in doubt is left
-//! alone: only the other host knows, or a person, who says so with [`resolve`].
+//! here that was not committed is removed; one that was committed runs, or is recorded as lost, as its
+//! guard saw it. A source in doubt asks the other host ([`ask`]), or a person knows, who says so with
+//! [`resolve`].
 
 use anyhow::Context;
 use haulier_engine::journal::{DestinationRecord, SourceRecord};
 use haulier_proto::id::MigrationId;
-use haulier_sys::wait::Wait;
+use haulier_sys::wait::{Cancel, Wait};
 use haulier_targets::cgroup::{Cgroup, CgroupFs, Throttle};
 use haulier_targets::network::{self, Announcement, MoveIp};
 use std::fs;
@@ -18,6 +19,7 @@ use tracing::{info, warn};
 use crate::directories::{remove_image_directories, state_directory};
 use crate::guard::{self, Fate};
 use crate::journal::{self, Contents, Decision, Holding, Journal, Side};
+use crate::source::again::{Asking, Settled, Unsettled};
 
 /// How long tasks may take to die.
 const KILL_TIME: Duration = Duration::from_secs(30);
@@ -70,16 +72,39 @@ pub(crate) fn settle_destination(id: MigrationId, cgroups: &CgroupFs) {
     }
 }
 
-/// Recovers every migration on this host that nobody works on. Goes on after a failure.
-pub fn recover_all(cgroups: &CgroupFs) {
+/// Recovers every migration on this host that nobody works on, as far as the journals alone tell how.
+/// Goes on after a failure. Returns those that only their destinations can settle.
+pub fn recover_all(cgroups: &CgroupFs) -> Vec<Unsettled> {
+    let mut unsettled = Vec::new();
     for id in journal::all() {
         for side in [Side::Source, Side::Destination] {
-            if let Err(error) = recover(id, side, cgroups) {
-                warn!(%id, %error, "recovering");
+            match recover(id, side, cgroups) {
+                Ok(left) => unsettled.extend(left),
+                Err(error) => warn!(%id, %error, "recovering"),
             }
         }
     }
     sweep_homes(cgroups);
+    unsettled
+}
+
+/// Asks the destination of a migration, and tells the log what came of it.
+pub fn ask(unsettled: Unsettled, cgroups: &CgroupFs, how: &Asking, stop: &Cancel) {
+    let id = unsettled.id();
+    info!(%id, "asking the destination what became of the target");
+    match unsettled.ask(cgroups, how, stop) {
+        Ok(Settled::Released) => info!(%id, "the target runs there, and is removed here"),
+        Ok(Settled::RunsHere) => info!(%id, "the target never ran there, and runs on here"),
+        Ok(Settled::Stranded(failure)) => {
+            warn!(%id, "{failure}");
+            warn!("{}", stranded(id));
+        }
+        Ok(Settled::Unanswered(reason)) => warn!(
+            "a target stands frozen here, in doubt ({reason}), until its destination answers or \
+             somebody settles it: haulier resolve {id} here, or there"
+        ),
+        Err(error) => warn!(%id, %error, "recovering"),
+    }
 }
 
 /// Removes the cgroups of restored trees that have ended or moved away. One that a migration under
@@ -100,58 +125,55 @@ pub fn sweep_homes(cgroups: &CgroupFs) {
     let _ = fs::remove_dir(&folder);
 }
 
-fn recover(id: MigrationId, side: Side, cgroups: &CgroupFs) -> io::Result<()> {
+fn recover(id: MigrationId, side: Side, cgroups: &CgroupFs) -> io::Result<Option<Unsettled>> {
     let Some((journal, contents)) = Journal::take_over(id, side)? else {
-        return Ok(());
+        return Ok(None);
     };
     if !contents.is_of(side) {
-        return Ok(());
+        return Ok(None);
     }
     match side {
-        Side::Source => recover_source(journal, &contents, cgroups),
-        Side::Destination => recover_destination(journal, &contents, cgroups),
+        Side::Source => recover_source(journal, contents, cgroups),
+        Side::Destination => recover_destination(journal, &contents, cgroups).map(|()| None),
     }
 }
 
-fn recover_source(journal: Journal, contents: &Contents, cgroups: &CgroupFs) -> io::Result<()> {
+fn recover_source(
+    journal: Journal,
+    contents: Contents,
+    cgroups: &CgroupFs,
+) -> io::Result<Option<Unsettled>> {
     let id = journal.id();
-    end_throttle(contents);
+    end_throttle(&contents);
     if contents.has_source(SourceRecord::RolledBack) {
         journal.remove();
-        return Ok(());
-    }
-    if contents.has_source(SourceRecord::Released) {
+    } else if contents.has_source(SourceRecord::Released) {
         info!(%id, "removing what moved away");
-        remove_moved(journal, contents, cgroups)
+        remove_moved(journal, &contents, cgroups)?;
     } else if contents.has_source(SourceRecord::Stranded) {
-        warn!(
-            "a target that the other host has lost stands here as it was frozen, the last copy: \
-             to let it run on from there, haulier resolve {id} here; to give it up, \
-             haulier resolve {id} there"
-        );
-        Ok(())
-    } else if contents.has_source(SourceRecord::Serving) {
-        warn!(
-            "a target that runs on the other host has left pages here, with its frozen tasks, and \
-             waits for them there: if it has ended, haulier resolve {id} there; to let the tasks \
-             run on here from where they were frozen, end it there and then haulier resolve {id} \
-             here"
-        );
-        Ok(())
+        warn!("{}", stranded(id));
     } else if contents.has_source(SourceRecord::InDoubt) {
-        warn!(
-            "a target stands frozen here, in doubt, until somebody settles it: \
-             haulier resolve {id} here, or there"
-        );
-        Ok(())
+        return Ok(Some(Unsettled::new(journal, contents)));
     } else {
         info!(%id, "letting the target run on here");
-        run_on(journal, contents, cgroups)
+        run_on(journal, &contents, cgroups)?;
     }
+    Ok(None)
+}
+
+fn stranded(id: MigrationId) -> String {
+    format!(
+        "a target that the other host has lost stands here as it was frozen, the last copy: to let \
+         it run on from there, haulier resolve {id} here; to give it up, haulier resolve {id} there"
+    )
 }
 
 /// Lets a frozen target of this host run on here.
-fn run_on(mut journal: Journal, contents: &Contents, cgroups: &CgroupFs) -> io::Result<()> {
+pub(crate) fn run_on(
+    mut journal: Journal,
+    contents: &Contents,
+    cgroups: &CgroupFs,
+) -> io::Result<()> {
     let id = journal.id();
     let groups = groups(contents, Side::Source, cgroups);
     // While it is frozen: a program that finds its sockets in repair mode gets errors.
@@ -185,7 +207,11 @@ fn run_on(mut journal: Journal, contents: &Contents, cgroups: &CgroupFs) -> io::
 }
 
 /// Removes a frozen target that runs on the other host.
-fn remove_moved(journal: Journal, contents: &Contents, cgroups: &CgroupFs) -> io::Result<()> {
+pub(crate) fn remove_moved(
+    journal: Journal,
+    contents: &Contents,
+    cgroups: &CgroupFs,
+) -> io::Result<()> {
     let id = journal.id();
     for group in groups(contents, Side::Source, cgroups) {
         remove_with_tasks(&group);
@@ -280,7 +306,7 @@ fn groups(contents: &Contents, side: Side, cgroups: &CgroupFs) -> Vec<Cgroup> {
         .into_iter()
         .filter_map(|holding| match holding {
             Holding::Cgroup(path) => Some(path),
-            Holding::Address(_) | Holding::Throttle(_) => None,
+            Holding::Address(_) | Holding::Throttle(_) | Holding::Peer { .. } => None,
         });
     paths
         .filter(|path| path.exists())
@@ -299,13 +325,13 @@ fn end_throttle(contents: &Contents) {
     }
 }
 
-fn addresses(contents: &Contents, side: Side) -> Vec<MoveIp> {
+pub(crate) fn addresses(contents: &Contents, side: Side) -> Vec<MoveIp> {
     let texts = contents
         .holdings(side)
         .into_iter()
         .filter_map(|holding| match holding {
             Holding::Address(text) => Some(text),
-            Holding::Cgroup(_) | Holding::Throttle(_) => None,
+            Holding::Cgroup(_) | Holding::Throttle(_) | Holding::Peer { .. } => None,
         });
     texts.filter_map(|text| text.parse().ok()).collect()
 }

@@ -14,7 +14,8 @@ use haulier_proto::message::{Commit, ImagesDone, Role, RoundEnd, control};
 use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
 use script::{
-    Destination, Incoming, Source, failed, goes_on, journals, locks, long, resumed, stands_still,
+    Destination, Incoming, Source, failed, goes_on, journals, locks, long, lost, resumed,
+    stands_still,
 };
 use stage::{LONG, MOVING_V4, Stage, eventually, start};
 
@@ -191,7 +192,9 @@ fn silence_after_the_commit_leaves_it_frozen_until_a_person_lets_it_run() {
     let server = doubt.stage.serve(1);
     doubt.assert_still();
     server.process.kill(Signal::TERM).unwrap();
-    let said = server.finish(LONG).unwrap().stderr;
+    let _ = server.finish(LONG).unwrap();
+    // Another migration asks as well, and is not held up for long.
+    let said = doubt.stage.migrate(1, 1 << 22, 2, &[]).stderr;
     let hint = format!("haulier resolve {}", doubt.id);
     assert!(said.contains(&hint), "{said}");
     doubt.assert_still();
@@ -214,6 +217,40 @@ fn silence_after_the_commit_leaves_it_frozen_until_a_person_knows_it_elsewhere()
     doubt.assert_still();
     doubt.follow("there");
     doubt.assert_gone();
+}
+
+/// The haulier that starts next asks, and does as it is told.
+#[test]
+fn a_destination_that_is_heard_again_settles_what_was_in_doubt() {
+    // What it says, whether the target runs here then, and whether it stands here.
+    let refused = failed("it was never committed");
+    for (answer, runs, stands) in [
+        (refused, true, false),
+        (resumed(), false, false),
+        (lost(), false, true),
+    ] {
+        let doubt = Doubt::unused();
+        let destination = Destination::open(&doubt.stage);
+        let server = doubt.stage.serve(1);
+        let (command, purpose) = destination.accept(Role::Command);
+        assert_eq!(purpose.migration.to_string(), doubt.id);
+        let mut asked = Incoming::again(command, purpose);
+        assert_eq!(asked.hear(), control::Body::Commit(Commit {}));
+        asked.say(answer);
+        if stands {
+            let hint = format!("haulier resolve {} here", doubt.id);
+            server.wait_for_output(&hint, LONG).unwrap();
+            doubt.assert_still();
+        } else if runs {
+            eventually("nothing is left", || journals(&doubt.stage, 1).is_empty());
+            assert!(doubt.stage.host(1).process_alive(doubt.redis.pid()));
+            assert!(has_address(&doubt.stage));
+            doubt.stage.assert_clean(1, &["cgroup /redis"]);
+        } else {
+            eventually("nothing is left", || journals(&doubt.stage, 1).is_empty());
+            doubt.assert_gone();
+        }
+    }
 }
 
 /// Between the record that it was released and the end of what it had here, haulier was killed.
@@ -446,7 +483,9 @@ impl Orphan {
         stage.host(3).in_network(fill).unwrap().unwrap();
         stage.lab.shape(Some("20mbit")).unwrap();
         let server = stage.serve(2);
-        let migration = stage.migration(1, redis.pid(), 2, &MOVE);
+        // Frozen for some seconds before there is anything to commit.
+        let options = [&MOVE[..], &["--mode", "stop-and-copy"]].concat();
+        let migration = stage.migration(1, redis.pid(), 2, &options);
         let migration = migration.spawn_captured().unwrap();
         eventually("it is frozen", || {
             let left = stage.leftovers(1);

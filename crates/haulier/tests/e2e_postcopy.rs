@@ -200,6 +200,27 @@ fn a_server_that_is_killed_before_all_that_came_is_placed_does_not_cost_the_last
     assert_whole(&moving.stage);
 }
 
+#[test]
+fn a_killed_sources_pages_are_brought_by_the_haulier_that_starts_next() {
+    let mut moving = Moving::set("post-copy");
+    moving.migration.process.kill(Signal::KILL).unwrap();
+    let _ = moving.migration.finish(LONG).unwrap();
+    // Nobody else on host 1 works on it.
+    let server = moving.servers.remove(0);
+    server.process.kill(Signal::KILL).unwrap();
+    let _ = server.finish(LONG).unwrap();
+    let server = moving.stage.serve(1);
+    server
+        .wait_for_output("the target runs there, and is removed here", LONG)
+        .unwrap();
+    moving.stage.lab.shape(None).unwrap();
+    assert_whole(&moving.stage);
+    moving.client.stop().clean();
+    let tasks = "cat /sys/fs/cgroup/*/haulier-*/cgroup.procs /var/lib/haulier/*/journal";
+    let left = moving.stage.host(1).shell(tasks).unwrap();
+    assert_eq!(left.stdout, "", "left on the source");
+}
+
 /// A person lets the target run on on its source, from where it was frozen.
 #[track_caller]
 fn run_here(stage: &Stage) {

@@ -25,6 +25,7 @@ use haulier_transport::wait::{Cancel, Wait, WaitError};
 use tracing::{info, warn};
 
 use self::registry::Registry;
+use crate::source::again::Asking;
 use crate::{SOFTWARE, recovery};
 
 /// How long a new connection may take to say who it is.
@@ -74,7 +75,7 @@ pub fn serve(options: Options, stop: &Cancel, ready: impl FnOnce(&str)) -> anyho
         .to_string();
     let host = Host::this();
     let cgroups = CgroupFs::find()?;
-    recovery::recover_all(&cgroups);
+    settle_in_background(&cgroups, stop);
     let criu = Criu::find(options.criu.as_deref()).map_err(|error| error.to_string());
     match &criu {
         Ok(criu) => info!("with {criu}"),
@@ -115,6 +116,18 @@ pub fn serve(options: Options, stop: &Cancel, ready: impl FnOnce(&str)) -> anyho
         warn!("some migrations did not come to an end");
     }
     Ok(())
+}
+
+/// Goes on asking about migrations from this host that only their destinations can settle.
+fn settle_in_background(cgroups: &CgroupFs, stop: &Cancel) {
+    for unsettled in recovery::recover_all(cgroups) {
+        let (cgroups, stop) = (cgroups.clone(), stop.clone());
+        let asking = Asking {
+            patience: Duration::MAX,
+            bring: true,
+        };
+        thread::spawn(move || recovery::ask(unsettled, &cgroups, &asking, &stop));
+    }
 }
 
 fn greet(shared: &Arc<Shared>, mut channel: Channel) {

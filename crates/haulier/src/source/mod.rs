@@ -1,5 +1,6 @@
 //! The source of a migration: `haulier migrate`.
 
+pub mod again;
 mod behind;
 mod forwarding;
 mod link;

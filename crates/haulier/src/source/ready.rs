@@ -1,5 +1,6 @@
 //! What comes before the target is touched: looking, connecting, asking.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use haulier_engine::phase::Phase;
@@ -11,16 +12,20 @@ use haulier_transport::greeting::Identity;
 use haulier_transport::tcp;
 use haulier_transport::wait::Cancel;
 
+use super::again::Asking;
 use super::link::{Dialer, Link};
 use super::plan::{Options, Plan};
 use crate::SOFTWARE;
 use crate::commands::Incoming;
 use crate::failure::Failure;
-use crate::journal::{Journal, Side};
+use crate::journal::{Holding, Journal, Side};
 use crate::random;
 use crate::recovery;
 use crate::report::Progress;
 use crate::timeline::Timeline;
+
+/// How long the destination of an earlier migration, whose haulier was killed, may take to answer.
+const ASKING_TIME: Duration = Duration::from_secs(2);
 
 /// Everything that can be known and made before the target is touched.
 pub(super) struct Ready {
@@ -42,7 +47,13 @@ impl Ready {
         // A target that a killed haulier left frozen runs on first, and can move then. That there
         // are no cgroups is the examination's to say.
         if let Ok(cgroups) = CgroupFs::find() {
-            recovery::recover_all(&cgroups);
+            let asking = Asking {
+                patience: ASKING_TIME,
+                bring: false,
+            };
+            for unsettled in recovery::recover_all(&cgroups) {
+                recovery::ask(unsettled, &cgroups, &asking, stop);
+            }
         }
         let plan = Plan::examine(options)?;
         progress.examined(
@@ -84,7 +95,7 @@ impl Ready {
             return Err(unfit(&peer, &found));
         }
         progress.checked(&peer, &found);
-        let journal = Journal::begin(id, Side::Source).map_err(|e| {
+        let journal = begin_journal(id, &dialer).map_err(|e| {
             Failure::from_error(&host, Phase::Check, &e).remedy("make /var/lib/haulier writable")
         })?;
         Ok(Ready {
@@ -95,6 +106,16 @@ impl Ready {
             journal,
         })
     }
+}
+
+/// Begins the journal with whom to ask should this haulier be killed.
+fn begin_journal(id: MigrationId, dialer: &Dialer) -> io::Result<Journal> {
+    let mut journal = Journal::begin(id, Side::Source)?;
+    journal.hold(&Holding::Peer {
+        address: dialer.address.clone(),
+        secret: dialer.secret.clone(),
+    })?;
+    Ok(journal)
 }
 
 /// The connection to the destination must not run over an address that is about to be locked.

@@ -33,12 +33,20 @@ pub(crate) fn resumed() -> control::Body {
 }
 
 pub(crate) fn failed(what: &str) -> control::Body {
-    control::Body::Failed(Failure {
+    control::Body::Failed(failure("commit", what))
+}
+
+pub(crate) fn lost() -> control::Body {
+    control::Body::Lost(failure("arrive", "the server was killed"))
+}
+
+fn failure(phase: &str, what: &str) -> Failure {
+    Failure {
         host: "host2".to_owned(),
-        phase: "commit".to_owned(),
+        phase: phase.to_owned(),
         what: what.to_owned(),
         ..Failure::default()
-    })
+    }
 }
 
 /// A destination on host 2.
@@ -155,18 +163,23 @@ impl Destination {
             again, purpose,
             "of the same migration, with the same secret"
         );
-        let mut incoming = Incoming {
-            purpose,
-            command,
-            streams: Vec::new(),
-            packets: None,
-        };
+        let mut incoming = Incoming::again(command, purpose);
         assert_eq!(incoming.hear(), control::Body::Commit(Commit {}));
         incoming
     }
 }
 
 impl Incoming {
+    /// Of a migration that is asked about again.
+    pub(crate) fn again(command: Channel, purpose: Purpose) -> Incoming {
+        Incoming {
+            purpose,
+            command,
+            streams: Vec::new(),
+            packets: None,
+        }
+    }
+
     /// A destination that says "resumed" also says, soon after, that every page is placed.
     pub(crate) fn say(&mut self, body: control::Body) {
         let complete = matches!(body, control::Body::Resumed(_));
