@@ -1,6 +1,7 @@
 //! All unsafe code of haulier: userfaultfd, remote memory, packets, descriptors.
 
 pub mod datagram;
+pub mod inherited;
 pub mod namespaces;
 pub mod packet;
 pub mod pagemap;

@@ -14,6 +14,8 @@ use haulier_proto::id::MigrationId;
 use haulier_targets::host;
 use haulier_targets::network::MoveIp;
 
+use crate::images_cli::{ImageCache, ImageProxy};
+
 /// Live migration of running processes between Linux hosts
 ///
 /// Moves a process and its children, with memory, open files and TCP connections, to another host.
@@ -33,6 +35,8 @@ pub(crate) enum Command {
     Migrate(Migrate),
     Serve(Serve),
     Resolve(Resolve),
+    ImageProxy(ImageProxy),
+    ImageCache(ImageCache),
     #[command(hide = true)]
     Guard(Guard),
 }
@@ -227,13 +231,13 @@ impl Serve {
 }
 
 /// `300ms`, `2s`, `1m`.
-fn time(text: &str) -> Result<Duration, String> {
+pub(crate) fn time(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text)
         .map_err(|error| format!("expected a time such as 300ms, 90s or 5m: {error}"))
 }
 
 /// `host:port`, `1.2.3.4:port` or `[v6]:port`; names are looked up later.
-fn host_and_port(text: &str) -> Result<String, String> {
+pub(crate) fn host_and_port(text: &str) -> Result<String, String> {
     let wrong =
         || format!("expected HOST:PORT, e.g. 10.0.0.2:7000 or [fd00::2]:7000, got {text:?}");
     let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;

@@ -1,6 +1,7 @@
 //! The haulier command.
 
 mod cli;
+mod images_cli;
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
     let default = match (&cli.command, cli.verbose) {
         // A server's log is its only output.
         (Command::Serve(_), 0) => "haulier=info",
+        (Command::ImageProxy(_) | Command::ImageCache(_), 0) => "haulier_imagecast=info",
         (_, 0) => "warn",
         (_, 1) => "info",
         _ => "debug",
@@ -38,6 +40,8 @@ fn main() -> ExitCode {
         Command::Migrate(arguments) => migrate(arguments),
         Command::Serve(arguments) => serve(arguments).map(|()| MOVED),
         Command::Resolve(arguments) => resolve(arguments).map(|()| MOVED),
+        Command::ImageProxy(arguments) => images_cli::image_proxy(arguments).map(|()| MOVED),
+        Command::ImageCache(arguments) => images_cli::image_cache(arguments).map(|()| MOVED),
         Command::Guard(arguments) => {
             guard::run(&arguments.cgroup, &arguments.verdict).map(|()| MOVED)
         }

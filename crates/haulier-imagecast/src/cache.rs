@@ -1,0 +1,252 @@
+//! `haulier image-cache`: keeps the images that proxies send, and serves restores.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use haulier_images::name::ImageName;
+use haulier_sys::wait::{Cancel, Wait};
+use haulier_transport::channel::Channel;
+use haulier_transport::error::TransportError;
+use haulier_transport::greeting::Identity;
+use thiserror::Error;
+
+use crate::control::{self, ControlError, Delivered, Listing, Reply, Request};
+use crate::front::Front;
+use crate::link::{Connector, Key, LinkError, Way};
+use crate::local::LocalError;
+use crate::sessions::{self, SessionError, Sessions};
+use crate::store::{Pool, Store, StoreError};
+
+/// How long a cache that connects waits before it tries again.
+const RETRY: Duration = Duration::from_millis(300);
+
+/// What a cache is to do.
+#[derive(Debug)]
+pub struct Options {
+    /// How proxies reach it, or it them.
+    pub way: Way,
+    /// The targets it takes images of, each with the directory for its restores.
+    pub targets: Vec<(ImageName, PathBuf)>,
+    /// Most memory for images, in bytes.
+    pub max_memory: u64,
+    /// Where images go that memory has no room for, and how many bytes of them.
+    pub spill: Option<(PathBuf, u64)>,
+    /// How many snapshots of each target are kept.
+    pub keep: usize,
+    /// How long a proxy may be out of reach before what it has not sent is given up.
+    pub reconnect: Duration,
+    /// What both sides know.
+    pub key: Key,
+    /// What the proxies are told.
+    pub me: Identity,
+}
+
+/// A cache could not start, or had to end.
+#[derive(Debug, Error)]
+pub enum CacheError {
+    /// It cannot listen.
+    #[error("cannot wait for image-proxies")]
+    Listen(#[from] TransportError),
+    /// A directory cannot be served.
+    #[error("restores cannot be served")]
+    Local(#[from] LocalError),
+    /// The spill directory cannot be used.
+    #[error("images have nowhere to go")]
+    Store(#[from] StoreError),
+    /// The system refused.
+    #[error("cannot go on")]
+    System(#[source] io::Error),
+    /// The one connection that it was given has ended.
+    #[error("the connection has ended")]
+    Connection(#[source] LinkError),
+}
+
+/// Runs a cache until stopped, or until the connection that it was given has ended and no snapshot
+/// is left to be restored. `ready` is called once restores may begin, with the address that it listens
+/// on, if it does.
+///
+/// # Errors
+/// See [`CacheError`].
+pub fn run(
+    options: Options,
+    stop: &Cancel,
+    ready: impl FnOnce(Option<&str>),
+) -> Result<(), CacheError> {
+    let mut pool = Pool::new(options.max_memory);
+    if let Some((directory, room)) = &options.spill {
+        pool.spill_into(directory, *room)?;
+    }
+    let names = options.targets.iter().map(|(name, _)| name.clone());
+    let store = Arc::new(Store::new(pool, names, options.keep));
+    let mut fronts = Vec::new();
+    for (target, directory) in &options.targets {
+        fronts.push(Front::new(Arc::clone(&store), target.clone(), directory)?);
+    }
+    let mut connector = Connector::new(options.way)?;
+    let sessions = Sessions::new(
+        Arc::clone(&store),
+        options.me,
+        options.key,
+        options.reconnect,
+    );
+    let sessions = &sessions;
+    ready(connector.listens_on().as_deref());
+    thread::scope(|scope| {
+        for mut front in fronts {
+            let stop = stop.clone();
+            spawn(scope, "front", move || {
+                if let Err(error) = front.run(&stop) {
+                    tracing::error!("restores are no longer served: {error}");
+                    stop.cancel();
+                }
+            })?;
+        }
+        let end = stop.clone();
+        spawn(scope, "sessions", move || {
+            while !end.is_cancelled() {
+                sessions.expire(false);
+                thread::sleep(sessions::LOOK);
+            }
+            sessions.expire(true);
+        })?;
+        let links = links(&mut connector, sessions, stop, scope);
+        if links.is_err() {
+            stop.cancel();
+        }
+        links
+    })
+}
+
+/// Takes connections until stopped.
+fn links<'scope>(
+    connector: &mut Connector,
+    sessions: &'scope Sessions,
+    stop: &Cancel,
+    scope: &'scope thread::Scope<'scope, '_>,
+) -> Result<(), CacheError> {
+    while !stop.is_cancelled() {
+        let wait = stop.wait(Duration::from_secs(3600));
+        match (connector.next(&wait), &*connector) {
+            (Ok(channel), Connector::Listen(_)) => {
+                if sessions.has_room() {
+                    let stop = stop.clone();
+                    spawn(scope, "session", move || serve(sessions, channel, &stop))?;
+                }
+            }
+            (Ok(channel), Connector::To(_)) => {
+                serve(sessions, channel, stop);
+                pause(stop);
+            }
+            (Ok(channel), Connector::Given(_)) => {
+                serve(sessions, channel, stop);
+                // Nobody can come back: what is not complete will never be.
+                sessions.expire(true);
+                wait_for_end(stop);
+            }
+            (Err(LinkError::Accept(error)), _) => return Err(CacheError::System(error)),
+            (Err(LinkError::Nobody), _) => {}
+            (Err(error), Connector::To(_)) => {
+                tracing::debug!("{error}");
+                pause(stop);
+            }
+            (Err(error), _) => return Err(CacheError::Connection(error)),
+        }
+    }
+    Ok(())
+}
+
+fn serve(sessions: &Sessions, channel: Channel, stop: &Cancel) {
+    match sessions.serve(channel, stop) {
+        Ok(()) | Err(SessionError::Replaced) => {}
+        Err(error) if !stop.is_cancelled() => {
+            tracing::warn!("{}", crate::directory::explain(&error));
+        }
+        Err(_) => {}
+    }
+}
+
+/// Restores may still come.
+fn wait_for_end(stop: &Cancel) {
+    while !stop.is_cancelled() {
+        thread::sleep(sessions::LOOK);
+    }
+}
+
+fn pause(stop: &Cancel) {
+    if !stop.is_cancelled() {
+        thread::sleep(RETRY);
+    }
+}
+
+fn spawn<'scope>(
+    scope: &'scope thread::Scope<'scope, '_>,
+    name: &str,
+    work: impl FnOnce() + Send + 'scope,
+) -> Result<(), CacheError> {
+    thread::Builder::new()
+        .name(name.to_owned())
+        .spawn_scoped(scope, work)
+        .map(drop)
+        .map_err(CacheError::System)
+}
+
+/// What the cache that serves `directory` has.
+///
+/// # Errors
+/// See [`ControlError`].
+pub fn list(directory: &Path, wait: &Wait) -> Result<Listing, ControlError> {
+    match control::ask(directory, &Request::List, wait)? {
+        Reply::Listing(listing) => Ok(listing),
+        _ => Err(ControlError::No("another answer than asked for".to_owned())),
+    }
+}
+
+/// Has the cache that serves `directory` write a snapshot (the newest that is released, if none is
+/// named) into the directory `to`, by its absolute path.
+///
+/// # Errors
+/// See [`ControlError`].
+pub fn save(
+    directory: &Path,
+    snapshot: Option<u64>,
+    to: &Path,
+    wait: &Wait,
+) -> Result<Delivered, ControlError> {
+    let request = Request::Save {
+        snapshot,
+        directory: to.to_owned(),
+    };
+    control::ask_to(directory, &request, wait)
+}
+
+/// Has the cache that serves `directory` read the images in `from`, by its absolute path, as a new
+/// snapshot.
+///
+/// # Errors
+/// See [`ControlError`].
+pub fn load(directory: &Path, from: &Path, wait: &Wait) -> Result<Delivered, ControlError> {
+    let request = Request::Load {
+        directory: from.to_owned(),
+    };
+    control::ask_to(directory, &request, wait)
+}
+
+/// Lets a snapshot be restored that is complete, but whose proxy was lost before it said that the
+/// dump succeeded.
+///
+/// # Errors
+/// See [`ControlError`].
+pub fn release(directory: &Path, snapshot: u64, wait: &Wait) -> Result<Delivered, ControlError> {
+    control::ask_to(directory, &Request::Release { snapshot }, wait)
+}
+
+/// Forgets a snapshot.
+///
+/// # Errors
+/// See [`ControlError`].
+pub fn forget(directory: &Path, snapshot: u64, wait: &Wait) -> Result<Delivered, ControlError> {
+    control::ask_to(directory, &Request::Drop { snapshot }, wait)
+}

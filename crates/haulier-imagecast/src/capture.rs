@@ -1,0 +1,286 @@
+//! A dump's connection to the proxy: what CRIU writes, read from its pipes as it comes.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use haulier_images::name::ImageName;
+use haulier_images::page::{self, PAGE, PagesHasher, ZERO_HASH};
+use haulier_images::runs::FRAME_PAGES;
+use haulier_sys::wait::Cancel;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use thiserror::Error;
+
+use crate::desk::{Desk, DumpFailed, Ticket};
+use crate::outbox::Item;
+use crate::store::INVENTORY;
+use crate::stream::{Connection, Incoming, StreamError};
+
+/// Bytes read at a time: what fits a frame.
+const CHUNK: usize = FRAME_PAGES * PAGE;
+/// What a pipe of pages should hold.
+const PIPE_SIZE: usize = 1 << 20;
+/// Most images that CRIU may have open at once.
+const MOST_OPEN: usize = 4096;
+/// A dump may be silent for that long: CRIU waits for the kernel, or for a script of its user.
+const SILENCE_SECONDS: i64 = 3600;
+
+/// A dump cannot be taken any further.
+#[derive(Debug, Error)]
+pub(crate) enum CaptureError {
+    /// It was given up.
+    #[error(transparent)]
+    Failed(#[from] DumpFailed),
+    /// CRIU did something wrong.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// A pipe failed.
+    #[error("cannot read {name} from CRIU: {source}")]
+    Pipe {
+        name: ImageName,
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel refused to wait.
+    #[error("cannot wait for CRIU: {0}")]
+    Wait(#[source] io::Error),
+    /// What came is not a dump.
+    #[error("{0}")]
+    Wrong(String),
+}
+
+/// Takes a dump, and stays until CRIU closes its connection. On an error connection and pipes are
+/// closed, which ends CRIU's dump with the process alive.
+pub(crate) fn capture(
+    connection: Connection,
+    ticket: &Ticket,
+    desk: &Desk,
+    stop: &Cancel,
+) -> Result<(), CaptureError> {
+    desk.begin(ticket.dump)?;
+    let mut dump = Capture {
+        connection,
+        ticket,
+        desk,
+        images: Vec::new(),
+        buffer: vec![0; CHUNK],
+        count: 0,
+        bytes: 0,
+        inventory: false,
+        connected: true,
+        taken: false,
+    };
+    while dump.connected || !dump.taken {
+        dump.wait(stop)?;
+        let asked = desk.is_asked_to_finish(ticket.dump)?;
+        dump.accept()?;
+        dump.read()?;
+        if !dump.taken && dump.images.is_empty() && (asked || !dump.connected) {
+            if !dump.inventory {
+                let what = "CRIU ended the dump before it was complete; its log says why";
+                return Err(CaptureError::Wrong(what.to_owned()));
+            }
+            desk.taken(ticket.dump, dump.count, dump.bytes)?;
+            dump.taken = true;
+        }
+    }
+    Ok(())
+}
+
+struct Capture<'a> {
+    connection: Connection,
+    ticket: &'a Ticket,
+    desk: &'a Desk,
+    images: Vec<Taking>,
+    buffer: Vec<u8>,
+    count: u64,
+    bytes: u64,
+    inventory: bool,
+    connected: bool,
+    taken: bool,
+}
+
+/// An image that CRIU is writing.
+struct Taking {
+    number: u32,
+    name: ImageName,
+    pipe: OwnedFd,
+    length: u64,
+    form: Form,
+    ready: bool,
+}
+
+enum Form {
+    Plain(Box<blake3::Hasher>),
+    /// With the bytes of a page that has not come whole.
+    Pages(Box<PagesHasher>, Vec<u8>),
+}
+
+impl Capture<'_> {
+    /// Waits until there is something to do.
+    fn wait(&mut self, stop: &Cancel) -> Result<(), CaptureError> {
+        let mut fds = vec![PollFd::from_borrowed_fd(self.ticket.wake(), PollFlags::IN)];
+        fds.extend(
+            self.images
+                .iter()
+                .map(|image| PollFd::from_borrowed_fd(image.pipe.as_fd(), PollFlags::IN)),
+        );
+        if self.connected {
+            fds.push(PollFd::from_borrowed_fd(
+                self.connection.as_fd(),
+                PollFlags::IN,
+            ));
+        }
+        // In steps, to see the proxy being stopped.
+        let step = Timespec {
+            tv_sec: 0,
+            tv_nsec: 200_000_000,
+        };
+        let mut silent = 0;
+        loop {
+            match poll(&mut fds, Some(&step)) {
+                Ok(0) if stop.is_cancelled() || silent >= SILENCE_SECONDS * 5 => break,
+                Ok(0) | Err(Errno::INTR) => silent += 1,
+                Ok(_) => break,
+                Err(errno) => return Err(CaptureError::Wait(errno.into())),
+            }
+        }
+        if silent >= SILENCE_SECONDS * 5 {
+            return Err(CaptureError::Wrong("CRIU fell silent".to_owned()));
+        }
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        drop(fds);
+        for (image, ready) in self.images.iter_mut().zip(&ready[1..]) {
+            image.ready = *ready;
+        }
+        if ready[0] {
+            let mut count = [0; 8];
+            // It is only there to wake us.
+            let _ = rustix::io::read(self.ticket.wake(), &mut count);
+        }
+        Ok(())
+    }
+
+    /// Takes the images that CRIU has opened.
+    fn accept(&mut self) -> Result<(), CaptureError> {
+        while self.connected {
+            match self.connection.opened()? {
+                Incoming::NotYet => return Ok(()),
+                Incoming::End => self.connected = false,
+                Incoming::Some((name, pipe)) => self.open(name, pipe)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn open(&mut self, name: ImageName, pipe: OwnedFd) -> Result<(), CaptureError> {
+        if self.taken {
+            let what = format!("CRIU opened {name} when the dump was said to be over");
+            return Err(CaptureError::Wrong(what));
+        }
+        if self.images.len() >= MOST_OPEN {
+            let what = format!("CRIU has more than {MOST_OPEN} images open");
+            return Err(CaptureError::Wrong(what));
+        }
+        let form = if name.is_of_pages() {
+            // Less will do, if the system allows no more.
+            let _ = rustix::pipe::fcntl_setpipe_size(&pipe, PIPE_SIZE);
+            Form::Pages(Box::default(), Vec::new())
+        } else {
+            Form::Plain(Box::default())
+        };
+        self.images.push(Taking {
+            number: self.desk.open(self.ticket.dump, &name)?,
+            name,
+            pipe,
+            length: 0,
+            form,
+            ready: true,
+        });
+        self.count += 1;
+        Ok(())
+    }
+
+    /// Reads a piece of every image that has one.
+    fn read(&mut self) -> Result<(), CaptureError> {
+        let mut index = 0;
+        while index < self.images.len() {
+            let image = &mut self.images[index];
+            if !image.ready {
+                index += 1;
+                continue;
+            }
+            image.ready = false;
+            let count = match rustix::io::read(&image.pipe, &mut self.buffer[..]) {
+                Ok(count) => count,
+                Err(Errno::AGAIN | Errno::INTR) => {
+                    index += 1;
+                    continue;
+                }
+                Err(errno) => {
+                    return Err(CaptureError::Pipe {
+                        name: image.name.clone(),
+                        source: errno.into(),
+                    });
+                }
+            };
+            let (number, dump) = (image.number, self.ticket.dump);
+            if count > 0 {
+                if let Some(item) = image.take(&self.buffer[..count]) {
+                    self.desk.push(dump, number, item)?;
+                }
+                index += 1;
+                continue;
+            }
+            let image = self.images.swap_remove(index);
+            self.bytes += image.length;
+            self.inventory |= image.name.as_str() == INVENTORY && image.length > 0;
+            let end = image.end()?;
+            self.desk.push(dump, number, end)?;
+        }
+        Ok(())
+    }
+}
+
+impl Taking {
+    /// What is to be sent now that these bytes have come.
+    fn take(&mut self, bytes: &[u8]) -> Option<Item> {
+        self.length += bytes.len() as u64;
+        match &mut self.form {
+            Form::Plain(hasher) => {
+                hasher.update(bytes);
+                Some(Item::Plain(bytes.to_vec()))
+            }
+            Form::Pages(hasher, rest) => {
+                let mut data = std::mem::take(rest);
+                data.extend_from_slice(bytes);
+                let whole = data.len() / PAGE * PAGE;
+                *rest = data[whole..].to_vec();
+                data.truncate(whole);
+                let hashes: Vec<_> = data
+                    .chunks_exact(PAGE)
+                    .map(page::hash_unless_zero)
+                    .collect();
+                for hash in &hashes {
+                    hasher.update(hash.as_ref().unwrap_or(&ZERO_HASH));
+                }
+                (whole > 0).then_some(Item::Pages { data, hashes })
+            }
+        }
+    }
+
+    fn end(self) -> Result<Item, CaptureError> {
+        let blake3 = match self.form {
+            Form::Plain(hasher) => *hasher.finalize().as_bytes(),
+            Form::Pages(hasher, rest) if rest.is_empty() => hasher.finalize(),
+            Form::Pages(..) => {
+                let what = format!("{} is not made of whole pages", self.name);
+                return Err(CaptureError::Wrong(what));
+            }
+        };
+        Ok(Item::End {
+            length: self.length,
+            blake3,
+        })
+    }
+}

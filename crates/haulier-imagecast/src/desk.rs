@@ -1,0 +1,516 @@
+//! What the proxy knows: the outbox, the connection to the cache, and how every dump stands. Dumps,
+//! the connection and those who wait meet here.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use haulier_images::name::ImageName;
+use haulier_sys::wait::Cancel;
+use rustix::event::{EventfdFlags, eventfd};
+use thiserror::Error;
+
+use crate::control::Delivered;
+use crate::link::{self, SessionId};
+use crate::message::{Held, Refused};
+use crate::outbox::{Frame, Item, Outbox};
+
+/// How often those who wait look whether they still should.
+const LOOK: Duration = Duration::from_millis(100);
+/// Dumps that are remembered after they are settled.
+const REMEMBERED: usize = 256;
+
+/// A dump cannot go on, for this reason.
+#[derive(Debug, Clone, Error, PartialEq, Eq)]
+#[error("{0}")]
+pub(crate) struct DumpFailed(pub(crate) String);
+
+/// How a dump stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Stage {
+    /// CRIU has connected.
+    Connected,
+    /// Its images come.
+    Capturing,
+    /// The proxy has all of them.
+    Taken,
+    /// So does the cache.
+    Held,
+    /// The cache may let it be restored.
+    Released,
+    /// It was given up.
+    Failed(DumpFailed),
+}
+
+/// Who says that a dump is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Finish {
+    /// CRIU, by closing its connection, or someone who waits for no delivery: what is held is
+    /// released.
+    Itself,
+    /// Someone who waits for the delivery, and releases it once told.
+    Vote,
+}
+
+#[derive(Debug)]
+struct Dump {
+    target: ImageName,
+    stage: Stage,
+    finish: Option<Finish>,
+    delivered: Delivered,
+    wake: Arc<OwnedFd>,
+}
+
+/// The desk. Shared by reference between threads.
+#[derive(Debug)]
+pub(crate) struct Desk {
+    stop: Cancel,
+    patience: Duration,
+    memory: usize,
+    state: Mutex<DeskState>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct DeskState {
+    outbox: Outbox,
+    session: SessionId,
+    /// Whether the cache has heard of the session.
+    opened: bool,
+    /// Counts connections; none if it is down.
+    up: Option<u64>,
+    connections: u64,
+    down_since: Instant,
+    dumps: BTreeMap<u64, Dump>,
+    next: u64,
+}
+
+/// A dump's place at the desk.
+#[derive(Debug, Clone)]
+pub(crate) struct Ticket {
+    pub(crate) dump: u64,
+    wake: Arc<OwnedFd>,
+}
+
+impl Ticket {
+    /// Readable when the dump should look at the desk.
+    pub(crate) fn wake(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+}
+
+impl Desk {
+    /// A desk that holds `memory` bytes of images, and waits `patience` for a lost connection.
+    pub(crate) fn new(memory: usize, patience: Duration, stop: Cancel) -> Desk {
+        let state = DeskState {
+            outbox: outbox(memory),
+            session: link::random(),
+            opened: false,
+            up: None,
+            connections: 0,
+            down_since: Instant::now(),
+            dumps: BTreeMap::new(),
+            next: 1,
+        };
+        Desk {
+            stop,
+            patience,
+            memory,
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        }
+    }
+
+    // What dumps do.
+
+    /// CRIU has connected.
+    pub(crate) fn register(&self, target: &ImageName) -> std::io::Result<Ticket> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let wake = Arc::new(wake);
+        let mut state = self.state();
+        let dump = state.next;
+        state.next += 1;
+        let entry = Dump {
+            target: target.clone(),
+            stage: Stage::Connected,
+            finish: None,
+            delivered: Delivered::default(),
+            wake: Arc::clone(&wake),
+        };
+        state.dumps.insert(dump, entry);
+        state.forget_old();
+        Ok(Ticket { dump, wake })
+    }
+
+    /// Waits for the connection and for earlier dumps of the same target, then begins.
+    pub(crate) fn begin(&self, dump: u64) -> Result<(), DumpFailed> {
+        let since = Instant::now();
+        let mut state = self.state();
+        loop {
+            state.check(dump, &self.stop)?;
+            let Some(target) = state.dumps.get(&dump).map(|d| d.target.clone()) else {
+                return Err(gone());
+            };
+            let busy = state.dumps.range(..dump).any(|(_, earlier)| {
+                earlier.target == target
+                    && matches!(
+                        earlier.stage,
+                        Stage::Connected | Stage::Capturing | Stage::Taken
+                    )
+            });
+            if !busy && state.up.is_some() {
+                state.outbox.begin(dump, &target);
+                state.stage(dump, Stage::Capturing);
+                break;
+            }
+            if state.up.is_none() && since.elapsed() >= self.patience {
+                return Err(DumpFailed(
+                    "there is no connection to the image-cache".into(),
+                ));
+            }
+            state = self.look_again(state);
+        }
+        drop(state);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// An image begins.
+    pub(crate) fn open(&self, dump: u64, name: &ImageName) -> Result<u32, DumpFailed> {
+        let mut state = self.state();
+        state.check(dump, &self.stop)?;
+        let number = state.outbox.open(dump, name).ok_or_else(gone);
+        drop(state);
+        self.changed.notify_all();
+        number
+    }
+
+    /// A part of an image; waits for room.
+    pub(crate) fn push(&self, dump: u64, image: u32, item: Item) -> Result<(), DumpFailed> {
+        let mut state = self.state();
+        loop {
+            state.check(dump, &self.stop)?;
+            if state.outbox.has_room() {
+                break;
+            }
+            state = self.look_again(state);
+        }
+        state.outbox.push(image, item);
+        drop(state);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Whether the dump is to end although CRIU is still connected, or why it cannot go on.
+    pub(crate) fn is_asked_to_finish(&self, dump: u64) -> Result<bool, DumpFailed> {
+        let state = self.state();
+        state.check(dump, &self.stop)?;
+        let finish = state.dumps.get(&dump).and_then(|dump| dump.finish);
+        Ok(finish.is_some())
+    }
+
+    /// Every image of the dump is here: `images` of `bytes` in all.
+    pub(crate) fn taken(&self, dump: u64, images: u64, bytes: u64) -> Result<(), DumpFailed> {
+        let mut state = self.state();
+        state.check(dump, &self.stop)?;
+        state.outbox.finish(dump);
+        if let Some(entry) = state.dumps.get_mut(&dump) {
+            entry.stage = Stage::Taken;
+            entry.delivered.images = images;
+            entry.delivered.bytes = bytes;
+            entry.finish.get_or_insert(Finish::Itself);
+        }
+        drop(state);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// A dump cannot go on. The first reason counts.
+    pub(crate) fn fail(&self, dump: u64, why: &str) {
+        self.state().fail(dump, why);
+        self.changed.notify_all();
+    }
+
+    // What those who wait do.
+
+    /// The newest dump of a target.
+    pub(crate) fn newest(&self, target: &ImageName) -> Option<u64> {
+        let state = self.state();
+        let mut dumps = state.dumps.iter().rev();
+        let found = dumps.find(|(_, dump)| &dump.target == target);
+        found.map(|(number, _)| *number)
+    }
+
+    /// Asks a dump to finish if it has not, and waits until it is taken, or held. With `vote` it is
+    /// released only by [`Desk::release`].
+    pub(crate) fn wait_for(
+        &self,
+        dump: u64,
+        vote: bool,
+        wanted: impl Fn() -> bool,
+    ) -> Result<Delivered, DumpFailed> {
+        let mut state = self.state();
+        if let Some(entry) = state.dumps.get_mut(&dump) {
+            let finish = if vote { Finish::Vote } else { Finish::Itself };
+            if matches!(entry.stage, Stage::Connected | Stage::Capturing) && entry.finish.is_none()
+            {
+                entry.finish = Some(finish);
+            }
+            wake(&entry.wake);
+        }
+        loop {
+            let Some(entry) = state.dumps.get(&dump) else {
+                return Err(gone());
+            };
+            match &entry.stage {
+                Stage::Failed(why) => return Err(why.clone()),
+                Stage::Taken if !vote => return Ok(entry.delivered.clone()),
+                Stage::Held | Stage::Released => return Ok(entry.delivered.clone()),
+                Stage::Connected | Stage::Capturing | Stage::Taken => {}
+            }
+            if self.stop.is_cancelled() {
+                return Err(DumpFailed("the image-proxy ends".to_owned()));
+            }
+            if !wanted() {
+                return Err(DumpFailed("nobody waits for it any more".to_owned()));
+            }
+            state = self.look_again(state);
+        }
+    }
+
+    /// Whoever waited was told: a held dump may be restored.
+    pub(crate) fn release(&self, dump: u64) {
+        self.state().release(dump);
+        self.changed.notify_all();
+    }
+
+    // What the connection does.
+
+    /// Which session to open, and whether the cache is to know it.
+    pub(crate) fn session(&self) -> (SessionId, bool) {
+        let state = self.state();
+        (state.session, state.opened)
+    }
+
+    /// The cache has so many frames of the session. The number of the connection; `None` if there
+    /// never were as many: the session is then lost.
+    pub(crate) fn connected(&self, received: u64) -> Option<u64> {
+        let mut state = self.state();
+        if !state.outbox.resume(received) {
+            return None;
+        }
+        state.opened = true;
+        state.connections += 1;
+        let connection = state.connections;
+        state.up = Some(connection);
+        drop(state);
+        self.changed.notify_all();
+        Some(connection)
+    }
+
+    /// The connection is down.
+    pub(crate) fn disconnected(&self, connection: u64) {
+        let mut state = self.state();
+        if state.up == Some(connection) {
+            state.up = None;
+            state.down_since = Instant::now();
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// The cache has nothing of the session: what is not held will not be.
+    pub(crate) fn lost(&self, why: &str) {
+        let mut state = self.state();
+        for snapshot in state.outbox.unheard_releases() {
+            let number = state
+                .dumps
+                .get(&snapshot)
+                .map_or(0, |d| d.delivered.snapshot);
+            tracing::error!(
+                "the image-cache may not have heard that snapshot {number} can be restored; if it \
+                 cannot, have it released there: haulier image-cache release {number}"
+            );
+        }
+        let dumps: Vec<u64> = state.dumps.keys().copied().collect();
+        for dump in dumps {
+            if state
+                .dumps
+                .get(&dump)
+                .is_some_and(|d| d.stage != Stage::Connected)
+            {
+                state.fail(dump, why);
+            }
+        }
+        state.outbox = outbox(self.memory);
+        state.session = link::random();
+        state.opened = false;
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Gives the session up if the connection has been down for too long and something waits for
+    /// it.
+    pub(crate) fn look(&self) {
+        let state = self.state();
+        let undecided = |dump: &Dump| matches!(dump.stage, Stage::Capturing | Stage::Taken);
+        let over = state.up.is_none()
+            && state.down_since.elapsed() >= self.patience
+            && state.dumps.values().any(undecided);
+        drop(state);
+        if over {
+            self.lost(&format!(
+                "the connection to the image-cache was lost for {} s",
+                self.patience.as_secs()
+            ));
+        }
+    }
+
+    /// The next frame for a connection; waits for one. `None` if the connection is down, or the
+    /// proxy ends.
+    pub(crate) fn next_frame(&self, connection: u64) -> Option<Arc<Frame>> {
+        let mut state = self.state();
+        loop {
+            if state.up != Some(connection) {
+                return None;
+            }
+            // Messages still go out in the end, images do not.
+            if self.stop.is_cancelled() && !state.outbox.has_messages() {
+                return None;
+            }
+            if let Some(frame) = state.outbox.next() {
+                drop(state);
+                // Whoever waits for room.
+                self.changed.notify_all();
+                return Some(frame);
+            }
+            state = self.look_again(state);
+        }
+    }
+
+    /// The cache has taken in so many frames. False if there never were as many.
+    pub(crate) fn acknowledge(&self, received: u64) -> bool {
+        let possible = self.state().outbox.acknowledge(received);
+        self.changed.notify_all();
+        possible
+    }
+
+    /// The cache holds a snapshot.
+    pub(crate) fn held(&self, held: &Held) {
+        let mut state = self.state();
+        let sent = state.outbox.bytes_of(held.snapshot);
+        if let Some(dump) = state.dumps.get_mut(&held.snapshot) {
+            let agrees = (u64::from(held.images), held.bytes)
+                == (dump.delivered.images, dump.delivered.bytes);
+            if dump.stage == Stage::Taken && agrees {
+                dump.stage = Stage::Held;
+                dump.delivered.snapshot = held.number;
+                dump.delivered.sent = sent;
+                tracing::info!(
+                    "the cache holds {} as snapshot {}: {} images, {} bytes, {sent} bytes sent",
+                    dump.target,
+                    held.number,
+                    held.images,
+                    held.bytes,
+                );
+                if dump.finish != Some(Finish::Vote) {
+                    state.release(held.snapshot);
+                }
+            } else if dump.stage == Stage::Taken {
+                state.fail(held.snapshot, "the image-cache holds something else");
+            }
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// The cache gives a snapshot up.
+    pub(crate) fn refused(&self, refused: &Refused) {
+        self.fail(
+            refused.snapshot,
+            &format!("the image-cache refused: {}", refused.reason),
+        );
+    }
+
+    fn look_again<'a>(&self, state: MutexGuard<'a, DeskState>) -> MutexGuard<'a, DeskState> {
+        self.changed
+            .wait_timeout(state, LOOK)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+    }
+
+    fn state(&self) -> MutexGuard<'_, DeskState> {
+        // Whoever panicked left it as it was before or after a step.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DeskState {
+    fn check(&self, dump: u64, stop: &Cancel) -> Result<(), DumpFailed> {
+        if stop.is_cancelled() {
+            return Err(DumpFailed("the image-proxy ends".to_owned()));
+        }
+        match self.dumps.get(&dump).map(|dump| &dump.stage) {
+            Some(Stage::Failed(why)) => Err(why.clone()),
+            Some(_) => Ok(()),
+            None => Err(gone()),
+        }
+    }
+
+    fn stage(&mut self, dump: u64, stage: Stage) {
+        if let Some(dump) = self.dumps.get_mut(&dump) {
+            dump.stage = stage;
+        }
+    }
+
+    fn release(&mut self, dump: u64) {
+        if self
+            .dumps
+            .get(&dump)
+            .is_some_and(|d| d.stage == Stage::Held)
+        {
+            self.stage(dump, Stage::Released);
+            self.outbox.release(dump);
+        }
+    }
+
+    fn fail(&mut self, dump: u64, why: &str) {
+        let Some(entry) = self.dumps.get_mut(&dump) else {
+            return;
+        };
+        if matches!(entry.stage, Stage::Released | Stage::Failed(_)) {
+            return;
+        }
+        tracing::warn!("a dump of {} failed: {why}", entry.target);
+        entry.stage = Stage::Failed(DumpFailed(why.to_owned()));
+        wake(&entry.wake);
+        self.outbox.abort(dump, why);
+    }
+
+    /// Old dumps of which nobody can ask any more.
+    fn forget_old(&mut self) {
+        while self.dumps.len() > REMEMBERED {
+            let settled = |dump: &Dump| matches!(dump.stage, Stage::Released | Stage::Failed(_));
+            let oldest = self.dumps.iter().find(|(_, dump)| settled(dump));
+            let Some(number) = oldest.map(|(number, _)| *number) else {
+                return;
+            };
+            self.dumps.remove(&number);
+        }
+    }
+}
+
+/// Half of the memory for what waits, half for what the cache may not have yet.
+fn outbox(memory: usize) -> Outbox {
+    Outbox::new(memory / 2, memory / 2)
+}
+
+fn gone() -> DumpFailed {
+    DumpFailed("the dump is over".to_owned())
+}
+
+fn wake(fd: &OwnedFd) {
+    // Its count is taken down by the dump; a failed write means that it has to look anyway.
+    let _ = rustix::io::write(fd, &1_u64.to_ne_bytes());
+}

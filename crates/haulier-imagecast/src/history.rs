@@ -1,0 +1,174 @@
+//! The pages that both sides have of a target: what later dumps refer to instead of sending it.
+//!
+//! Pages are numbered from zero, in the order in which their contents came. At the end of a
+//! snapshot those that it did not use are forgotten, and the others are numbered anew in the same
+//! order. Both sides do so from the same frames, so nothing of it is ever sent.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use haulier_images::page::PageHash;
+
+use crate::store::Blob;
+
+/// Which numbers were used, with their rank among those.
+#[derive(Debug, Default)]
+struct Used {
+    words: Vec<u64>,
+}
+
+impl Used {
+    fn mark(&mut self, number: u32) {
+        let (word, bit) = (number as usize / 64, 1_u64 << (number % 64));
+        if word >= self.words.len() {
+            self.words.resize(word + 1, 0);
+        }
+        self.words[word] |= bit;
+    }
+
+    fn has(&self, number: u32) -> bool {
+        let word = self.words.get(number as usize / 64).copied().unwrap_or(0);
+        word & (1 << (number % 64)) != 0
+    }
+
+    /// For each word the count of bits in the words before it.
+    fn ranks(&self) -> Vec<u32> {
+        let mut sum = 0;
+        let ranks = self.words.iter().map(|word| {
+            let before = sum;
+            sum += word.count_ones();
+            before
+        });
+        ranks.collect()
+    }
+
+    fn rank(&self, ranks: &[u32], number: u32) -> u32 {
+        let (word, bit) = (number as usize / 64, number % 64);
+        ranks[word] + (self.words[word] & ((1 << bit) - 1)).count_ones()
+    }
+}
+
+/// The sender's side: numbers by contents.
+#[derive(Debug, Default)]
+pub(crate) struct Known {
+    // The standard hasher, although the keys are hashes: who chooses page contents must not choose
+    // buckets.
+    numbers: HashMap<PageHash, u32>,
+    used: Used,
+}
+
+impl Known {
+    /// The number of a page that the receiver has, which is used with this; `None` for one that it
+    /// does not have, and that has the next number from now on.
+    pub(crate) fn refer_or_add(&mut self, hash: &PageHash) -> Option<u32> {
+        if let Some(number) = self.numbers.get(hash) {
+            self.used.mark(*number);
+            return Some(*number);
+        }
+        let next = self.numbers.len() as u32;
+        self.numbers.insert(*hash, next);
+        self.used.mark(next);
+        None
+    }
+
+    /// The snapshot is complete.
+    pub(crate) fn finish(&mut self) {
+        let used = std::mem::take(&mut self.used);
+        let ranks = used.ranks();
+        self.numbers.retain(|_, number| {
+            let keep = used.has(*number);
+            if keep {
+                *number = used.rank(&ranks, *number);
+            }
+            keep
+        });
+    }
+}
+
+/// The receiver's side: contents by number.
+#[derive(Debug, Default)]
+pub(crate) struct Bank {
+    pages: Vec<(PageHash, Arc<Blob>)>,
+    used: Used,
+}
+
+/// What a page counts for in a bank, beside its contents.
+pub(crate) const BANK_COST: u64 = size_of::<(PageHash, Arc<Blob>)>() as u64;
+
+impl Bank {
+    /// Pages it has.
+    pub(crate) fn len(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// A page by its number, which is used with this.
+    pub(crate) fn refer(&mut self, number: u32) -> Option<(PageHash, Arc<Blob>)> {
+        let (hash, blob) = self.pages.get(number as usize)?;
+        self.used.mark(number);
+        Some((*hash, Arc::clone(blob)))
+    }
+
+    /// Adds a page whose contents came. The sender counts to [`u32::MAX`] pages at most.
+    pub(crate) fn add(&mut self, hash: PageHash, blob: Arc<Blob>) {
+        self.used.mark(self.pages.len() as u32);
+        self.pages.push((hash, blob));
+    }
+
+    /// The snapshot is complete. How many pages were forgotten.
+    pub(crate) fn finish(&mut self) -> usize {
+        let used = std::mem::take(&mut self.used);
+        let before = self.pages.len();
+        let mut number = 0;
+        self.pages.retain(|_| {
+            number += 1;
+            used.has(number - 1)
+        });
+        before - self.pages.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::store::Pool;
+
+    fn hash(page: u16) -> PageHash {
+        haulier_images::page::hash(&page.to_le_bytes())
+    }
+
+    proptest! {
+        /// Whatever the dumps contain, a number means the same page on both sides, and a page that
+        /// the dump before contained is not sent again.
+        #[test]
+        fn both_sides_number_alike(dumps in prop::collection::vec(prop::collection::vec(0_u16..300, 0..400), 1..6)) {
+            let pool = Arc::new(Pool::new(1 << 20));
+            let (mut known, mut bank) = (Known::default(), Bank::default());
+            let mut before: Vec<u16> = Vec::new();
+            for dump in dumps {
+                for (index, page) in dump.iter().enumerate() {
+                    let had = before.contains(page) || dump[..index].contains(page);
+                    match known.refer_or_add(&hash(*page)) {
+                        Some(number) => {
+                            prop_assert!(had);
+                            let (got, blob) = bank.refer(number).unwrap();
+                            prop_assert_eq!(got, hash(*page));
+                            prop_assert_eq!(&*blob.read().unwrap(), &page.to_le_bytes()[..]);
+                        }
+                        None => {
+                            prop_assert!(!had);
+                            let blob = pool.put(&page.to_le_bytes()).unwrap();
+                            bank.add(hash(*page), Arc::new(blob));
+                        }
+                    }
+                }
+                known.finish();
+                bank.finish();
+                prop_assert_eq!(known.numbers.len(), bank.len());
+                before = dump;
+            }
+            prop_assert!(bank.refer(bank.len() as u32).is_none());
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! CRIU's images over sockets: `criu dump --stream` at one host, `criu restore --stream` at another,
+//! in either order, and nothing on disk.
+//!
+//! ```text
+//!  criu dump ── socket ─▶ proxy ════ one connection ════▶ cache ── socket ─▶ criu restore
+//!               pipes                                              pipes
+//! ```
+//!
+//! [`proxy`] takes what a dump writes and sends it; [`cache`] keeps it and serves restores.
+
+pub mod cache;
+mod capture;
+pub mod control;
+mod desk;
+mod directory;
+mod front;
+mod history;
+mod intake;
+pub mod link;
+mod local;
+pub mod message;
+mod outbox;
+pub mod proxy;
+mod serve;
+mod sessions;
+mod store;
+mod stream;
+
+pub use local::LocalError;
+pub use store::StoreError;

@@ -1,0 +1,367 @@
+//! `haulier image-proxy`: takes what dumps write, and sends it to a cache.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use haulier_images::name::ImageName;
+use haulier_sys::wait::{Cancel, Wait};
+use haulier_transport::channel::Channel;
+use haulier_transport::error::TransportError;
+use haulier_transport::greeting::Identity;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use thiserror::Error;
+
+use crate::capture;
+use crate::control::{self, CONTROL_SOCKET, ControlError, Delivered, Reply, Request};
+use crate::desk::{Desk, DumpFailed};
+use crate::directory::explain;
+use crate::link::{self, Connector, FRAME, Key, LinkError, Way};
+use crate::local::{LocalError, LocalListener};
+use crate::message::Bye;
+use crate::message::session::Body;
+use crate::stream::{CAPTURE_SOCKET, Connection};
+
+/// How long a proxy waits before it tries to connect again.
+const RETRY: Duration = Duration::from_millis(300);
+/// How often deadlines are looked at.
+const LOOK: Duration = Duration::from_millis(200);
+/// Most dumps and questions at once.
+const MOST_CONNECTIONS: usize = 1024;
+/// A cache says nothing for as long as nothing is sent.
+const IDLE: Duration = Duration::from_secs(24 * 3600);
+/// How long the last message may take.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// What a proxy is to do.
+#[derive(Debug)]
+pub struct Options {
+    /// How it reaches the cache, or the cache it.
+    pub way: Way,
+    /// The targets whose dumps it takes, each with the directory for them.
+    pub targets: Vec<(ImageName, PathBuf)>,
+    /// Most memory for images, in bytes.
+    pub max_memory: usize,
+    /// How long the cache may be out of reach before dumps fail.
+    pub reconnect: Duration,
+    /// What both sides know.
+    pub key: Key,
+    /// What the cache is told.
+    pub me: Identity,
+}
+
+/// A proxy could not start, or had to end.
+#[derive(Debug, Error)]
+pub enum ProxyError {
+    /// It cannot listen.
+    #[error("cannot wait for the image-cache")]
+    Listen(#[from] TransportError),
+    /// A directory cannot be served.
+    #[error("dumps cannot be taken")]
+    Local(#[from] LocalError),
+    /// The system refused.
+    #[error("cannot go on")]
+    System(#[source] io::Error),
+    /// The one connection that it was given has ended.
+    #[error("the connection to the image-cache has ended")]
+    Connection(#[source] LinkError),
+}
+
+/// Runs a proxy until stopped, or until the connection that it was given has ended. `ready` is called
+/// once dumps may begin, with the address that it listens on, if it does.
+///
+/// # Errors
+/// See [`ProxyError`].
+pub fn run(
+    options: Options,
+    stop: &Cancel,
+    ready: impl FnOnce(Option<&str>),
+) -> Result<(), ProxyError> {
+    let desk = Arc::new(Desk::new(
+        options.max_memory,
+        options.reconnect,
+        stop.clone(),
+    ));
+    let mut doors = Vec::new();
+    for (target, directory) in &options.targets {
+        doors.push(Door {
+            desk: Arc::clone(&desk),
+            target: target.clone(),
+            dumps: LocalListener::bind(directory, CAPTURE_SOCKET)?,
+            control: LocalListener::bind(directory, CONTROL_SOCKET)?,
+            connections: Arc::default(),
+        });
+    }
+    let mut connector = Connector::new(options.way)?;
+    ready(connector.listens_on().as_deref());
+    thread::scope(|scope| {
+        let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            thread::Builder::new()
+                .name(name.to_owned())
+                .spawn_scoped(scope, work)
+                .map(drop)
+                .map_err(ProxyError::System)
+        };
+        for door in doors {
+            let stop = stop.clone();
+            let work = move || {
+                if let Err(error) = door.run(&stop) {
+                    tracing::error!("dumps are no longer taken: {error}");
+                    stop.cancel();
+                }
+            };
+            spawn("door", Box::new(work))?;
+        }
+        let (watched, end) = (Arc::clone(&desk), stop.clone());
+        let watch = move || {
+            while !end.is_cancelled() {
+                watched.look();
+                thread::sleep(LOOK);
+            }
+        };
+        spawn("deadlines", Box::new(watch))?;
+        let result = links(&mut connector, &desk, &options.me, &options.key, stop);
+        if result.is_err() {
+            stop.cancel();
+        }
+        result
+    })
+}
+
+/// Asks the proxy that serves `directory` about the newest dump there, and waits: until the cache
+/// holds every byte of it; or, if `taken`, only until the proxy does.
+///
+/// # Errors
+/// [`ControlError::No`] with the reason if the images will not be delivered, any other
+/// [`ControlError`] if that is not known: the process has to live either way.
+pub fn wait(directory: &Path, taken: bool, wait: &Wait) -> Result<Delivered, ControlError> {
+    control::ask_to(directory, &Request::Wait { taken }, wait)
+}
+
+/// Keeps a connection to the cache until stopped.
+fn links(
+    connector: &mut Connector,
+    desk: &Desk,
+    me: &Identity,
+    key: &Key,
+    stop: &Cancel,
+) -> Result<(), ProxyError> {
+    let mut said = String::new();
+    while !stop.is_cancelled() {
+        let ended = connector
+            .next(&stop.wait(Duration::from_secs(3600)))
+            .and_then(|channel| link(channel, desk, me, key, stop));
+        if stop.is_cancelled() {
+            return Ok(());
+        }
+        let error = match ended {
+            Ok(()) => continue,
+            Err(LinkError::Accept(error)) => return Err(ProxyError::System(error)),
+            Err(error) => error,
+        };
+        if let LinkError::Denied { unknown: true, .. } = error {
+            desk.lost("the image-cache has lost the session");
+        }
+        if !connector.can_reconnect() {
+            desk.lost("the connection to the image-cache has ended");
+            return Err(ProxyError::Connection(error));
+        }
+        // Once, not with every attempt.
+        let text = explain(&error);
+        if text != said {
+            tracing::warn!("{text}");
+            said = text;
+        }
+        thread::sleep(RETRY);
+    }
+    Ok(())
+}
+
+/// A connection from its greeting to its end.
+fn link(
+    mut channel: Channel,
+    desk: &Desk,
+    me: &Identity,
+    key: &Key,
+    stop: &Cancel,
+) -> Result<(), LinkError> {
+    let (session, resume) = desk.session();
+    let wait = stop.wait(link::GREETING);
+    let received = link::open(&mut channel, me, key, &session, resume, &wait)?;
+    let Some(connection) = desk.connected(received) else {
+        desk.lost("the image-cache speaks of another session");
+        return Ok(());
+    };
+    tracing::info!("connected to the image-cache at {}", channel.peer());
+    let reader = channel.try_clone().map_err(LinkError::Accept)?;
+    let ended = thread::scope(|scope| {
+        let answers = thread::Builder::new()
+            .name("answers".to_owned())
+            .spawn_scoped(scope, || {
+                let ended = answers(reader, desk, stop);
+                desk.disconnected(connection);
+                ended
+            })
+            .map_err(LinkError::Accept)?;
+        let sent = send(&mut channel, desk, connection);
+        if stop.is_cancelled() && sent.is_ok() {
+            let bye = link::send(
+                &mut channel,
+                Body::Bye(Bye {}),
+                &Wait::uncancellable(GOODBYE),
+            );
+            tracing::debug!("goodbye: {bye:?}");
+        }
+        desk.disconnected(connection);
+        channel.shutdown();
+        let answered = answers.join().unwrap_or(Ok(()));
+        sent?;
+        answered
+    });
+    tracing::info!("the connection to the image-cache has ended");
+    ended
+}
+
+/// Sends what there is to send.
+fn send(channel: &mut Channel, desk: &Desk, connection: u64) -> Result<(), LinkError> {
+    while let Some(frame) = desk.next_frame(connection) {
+        frame.send(channel, &Wait::uncancellable(FRAME))?;
+    }
+    Ok(())
+}
+
+/// Listens to the cache.
+fn answers(mut channel: Channel, desk: &Desk, stop: &Cancel) -> Result<(), LinkError> {
+    let wait = stop.wait(IDLE);
+    loop {
+        match link::receive(&mut channel, &wait)? {
+            Body::Ack(ack) => {
+                if !desk.acknowledge(ack.received) {
+                    return Err(link::unexpected(&channel, Body::Ack(ack)));
+                }
+            }
+            Body::Held(held) => desk.held(&held),
+            Body::Refused(refused) => desk.refused(&refused),
+            other => return Err(link::unexpected(&channel, other)),
+        }
+    }
+}
+
+/// The sockets in the directory of a target.
+struct Door {
+    desk: Arc<Desk>,
+    target: ImageName,
+    dumps: LocalListener,
+    control: LocalListener,
+    connections: Arc<AtomicUsize>,
+}
+
+impl Door {
+    fn run(&self, stop: &Cancel) -> io::Result<()> {
+        let step = Timespec {
+            tv_sec: 0,
+            tv_nsec: 200_000_000,
+        };
+        while !stop.is_cancelled() {
+            let mut fds = [&self.dumps, &self.control]
+                .map(|listener| PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN));
+            match poll(&mut fds, Some(&step)) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            // Dumps first: who asks about the newest dump means one that has connected before.
+            while let Some(socket) = self.dumps.accept()? {
+                self.dump(socket, stop);
+            }
+            if let Some(socket) = self.control.accept()? {
+                while let Some(socket) = self.dumps.accept()? {
+                    self.dump(socket, stop);
+                }
+                self.question(socket, stop);
+            }
+        }
+        Ok(())
+    }
+
+    fn dump(&self, socket: OwnedFd, stop: &Cancel) {
+        let ticket = match self.desk.register(&self.target) {
+            Ok(ticket) => ticket,
+            Err(error) => {
+                tracing::warn!("a dump of {} was turned away: {error}", self.target);
+                return;
+            }
+        };
+        let (desk, stop, number) = (Arc::clone(&self.desk), stop.clone(), ticket.dump);
+        let started = self.start("dump", move || {
+            let connection = Connection::new(socket);
+            if let Err(error) = capture::capture(connection, &ticket, &desk, &stop) {
+                desk.fail(ticket.dump, &error.to_string());
+            }
+        });
+        if !started {
+            self.desk.fail(number, "there is no thread for it");
+        }
+    }
+
+    fn question(&self, socket: OwnedFd, stop: &Cancel) {
+        // Now, not in the thread: another dump may come any moment.
+        let newest = self.desk.newest(&self.target);
+        let (desk, stop) = (Arc::clone(&self.desk), stop.clone());
+        self.start("question", move || {
+            let request = control::receive(&socket, &stop.wait(control::SAYING));
+            let reply_to = |reply: &Reply| {
+                let wait = Wait::uncancellable(control::SAYING);
+                control::send(&socket, reply, &wait)
+            };
+            let no = |why: &str| {
+                // Who does not wait for the answer does not want it.
+                let _ = reply_to(&Reply::No(why.to_owned()));
+            };
+            let taken = match request {
+                Ok(Request::Wait { taken }) => taken,
+                Ok(_) => return no("this is an image-proxy, not an image-cache"),
+                Err(error) => return no(&format!("the question makes no sense: {error}")),
+            };
+            let Some(dump) = newest else {
+                return no("no dump has come");
+            };
+            let connection = Connection::new(match socket.try_clone() {
+                Ok(socket) => socket,
+                Err(error) => return no(&error.to_string()),
+            });
+            match desk.wait_for(dump, !taken, || !connection.is_closed()) {
+                Ok(delivered) => match reply_to(&Reply::Done(delivered)) {
+                    Ok(()) if !taken => desk.release(dump),
+                    Ok(()) => {}
+                    Err(_) => desk.fail(dump, "nobody waits for it any more"),
+                },
+                Err(DumpFailed(why)) => {
+                    desk.fail(dump, &why);
+                    no(&why);
+                }
+            }
+        });
+    }
+
+    fn start(&self, name: &str, work: impl FnOnce() + Send + 'static) -> bool {
+        let connections = Arc::clone(&self.connections);
+        if connections.fetch_add(1, Ordering::SeqCst) >= MOST_CONNECTIONS {
+            connections.fetch_sub(1, Ordering::SeqCst);
+            return false;
+        }
+        let counted = Arc::clone(&connections);
+        let started = thread::Builder::new().name(name.to_owned()).spawn(move || {
+            work();
+            counted.fetch_sub(1, Ordering::SeqCst);
+        });
+        if let Err(error) = &started {
+            connections.fetch_sub(1, Ordering::SeqCst);
+            tracing::warn!("cannot start a thread: {error}");
+        }
+        started.is_ok()
+    }
+}

@@ -1,0 +1,298 @@
+//! The cache's sessions: what came over which connection, and what happens when one breaks.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use haulier_proto::frame::Kind;
+use haulier_sys::wait::{Cancel, WaitError};
+use haulier_transport::channel::Channel;
+use haulier_transport::error::TransportError;
+use haulier_transport::greeting::Identity;
+use thiserror::Error;
+
+use crate::intake::{Intake, Violation};
+use crate::link::{self, FRAME, Key, LinkError, SessionId};
+use crate::message::Ack;
+use crate::message::session::Body;
+use crate::store::Store;
+
+/// Most sessions at once.
+const MOST: usize = 256;
+/// A connection without a frame is given up after that; TCP notices a dead peer much earlier.
+const IDLE: Duration = Duration::from_secs(24 * 3600);
+/// Bytes after which the proxy is told what came.
+const ACK_BYTES: usize = 1 << 20;
+/// How often the deadlines of lost sessions are looked at.
+pub(crate) const LOOK: Duration = Duration::from_millis(200);
+
+/// How a connection ended.
+#[derive(Debug, Error)]
+pub(crate) enum SessionError {
+    /// It broke, or never came about.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The proxy broke the protocol.
+    #[error(transparent)]
+    Violation(#[from] Violation),
+    /// The same session came over another connection.
+    #[error("the session went on over another connection")]
+    Replaced,
+}
+
+impl From<TransportError> for SessionError {
+    fn from(error: TransportError) -> SessionError {
+        SessionError::Link(error.into())
+    }
+}
+
+/// Every session.
+#[derive(Debug)]
+pub(crate) struct Sessions {
+    store: Arc<Store>,
+    me: Identity,
+    key: Key,
+    /// How long a session outlives its connection.
+    patience: Duration,
+    slots: Mutex<HashMap<SessionId, Arc<Slot>>>,
+    greeting: AtomicU64,
+}
+
+/// A session.
+#[derive(Debug)]
+struct Slot {
+    /// Counts connections: only the newest may go on.
+    turn: AtomicU64,
+    state: Mutex<SlotState>,
+}
+
+#[derive(Debug)]
+struct SlotState {
+    intake: Intake,
+    /// Wakes whoever reads the connection it has.
+    connection: Option<Channel>,
+    /// Since when it has none.
+    lost: Option<Instant>,
+}
+
+/// Most connections that have not greeted yet.
+const MOST_GREETING: u64 = 32;
+
+impl Sessions {
+    pub(crate) fn new(store: Arc<Store>, me: Identity, key: Key, patience: Duration) -> Sessions {
+        Sessions {
+            store,
+            me,
+            key,
+            patience,
+            slots: Mutex::new(HashMap::new()),
+            greeting: AtomicU64::new(0),
+        }
+    }
+
+    /// Whether another connection may greet.
+    pub(crate) fn has_room(&self) -> bool {
+        self.greeting.load(Ordering::SeqCst) < MOST_GREETING
+    }
+
+    /// Serves a connection until it ends. Whether it ended the session.
+    pub(crate) fn serve(&self, mut channel: Channel, stop: &Cancel) -> Result<(), SessionError> {
+        self.greeting.fetch_add(1, Ordering::SeqCst);
+        let greeted = self.greet(&mut channel, stop);
+        self.greeting.fetch_sub(1, Ordering::SeqCst);
+        let (id, slot, turn) = greeted?;
+        let peer = channel.peer().to_owned();
+        let ended = take_in(&slot, turn, &mut channel, stop);
+        let mut state = slot.state();
+        if slot.turn.load(Ordering::SeqCst) != turn {
+            return Err(SessionError::Replaced);
+        }
+        state.connection = None;
+        let over = match &ended {
+            Ok(()) => Some("the image-proxy ended".to_owned()),
+            // A peer that is confused is not waited for.
+            Err(SessionError::Violation(error)) => Some(error.to_string()),
+            Err(_) => None,
+        };
+        match over {
+            Some(why) => {
+                state.intake.lost(&why);
+                drop(state);
+                if ended.is_err() {
+                    // It may be gone, or not listen.
+                    let _ = link::deny(&mut channel, &why, true, &stop.wait(link::GREETING));
+                }
+                self.slots().remove(&id);
+            }
+            None => state.lost = Some(Instant::now()),
+        }
+        tracing::info!("the connection from {peer} has ended");
+        ended
+    }
+
+    /// Ends sessions that have been without a connection for too long, or all of them.
+    pub(crate) fn expire(&self, all: bool) {
+        let mut gone = Vec::new();
+        self.slots().retain(|_, slot| {
+            let lost = slot.state().lost;
+            let over = all || lost.is_some_and(|since| since.elapsed() >= self.patience);
+            if over {
+                gone.push(Arc::clone(slot));
+            }
+            !over
+        });
+        for slot in gone {
+            // Whoever still reads for it may not go on.
+            slot.turn.fetch_add(1, Ordering::SeqCst);
+            let mut state = slot.state();
+            state.intake.lost(&format!(
+                "the connection to the image-proxy was lost for {} s",
+                self.patience.as_secs()
+            ));
+            if let Some(connection) = &state.connection {
+                connection.shutdown();
+            }
+        }
+    }
+
+    fn greet(
+        &self,
+        channel: &mut Channel,
+        stop: &Cancel,
+    ) -> Result<(SessionId, Arc<Slot>, u64), SessionError> {
+        let wait = stop.wait(link::GREETING);
+        let opened = link::receive_open(channel, &self.me, &self.key, &wait)?;
+        let Some(slot) = self.slot(&opened.session, opened.resume) else {
+            let (reason, unknown) = if opened.resume {
+                ("it does not know the session, or no longer", true)
+            } else {
+                ("it has too many sessions, or this one already", false)
+            };
+            link::deny(channel, reason, unknown, &wait)?;
+            return Err(LinkError::Denied {
+                peer: channel.peer().to_owned(),
+                reason: reason.to_owned(),
+                unknown,
+            }
+            .into());
+        };
+        let turn = slot.turn.fetch_add(1, Ordering::SeqCst) + 1;
+        let (received, said) = {
+            let mut state = slot.state();
+            let second = channel.try_clone().map_err(LinkError::Accept)?;
+            if let Some(before) = state.connection.replace(second) {
+                before.shutdown();
+            }
+            state.lost = None;
+            (state.intake.received(), state.intake.said())
+        };
+        tracing::info!("{} at {} sends images", opened.host, channel.peer());
+        let welcomed = link::welcome(channel, received, &wait).and_then(|()| {
+            said.into_iter()
+                .try_for_each(|body| link::send(channel, body, &wait))
+        });
+        if let Err(error) = welcomed {
+            let mut state = slot.state();
+            if slot.turn.load(Ordering::SeqCst) == turn {
+                state.connection = None;
+                state.lost = Some(Instant::now());
+            }
+            return Err(error.into());
+        }
+        Ok((opened.session, slot, turn))
+    }
+
+    fn slot(&self, id: &SessionId, resume: bool) -> Option<Arc<Slot>> {
+        let mut slots = self.slots();
+        if let Some(slot) = slots.get(id) {
+            // A proxy that did not hear the welcome opens the session again.
+            let fresh = slot.state().intake.received() == 0;
+            return (resume || fresh).then(|| Arc::clone(slot));
+        }
+        if resume || slots.len() >= MOST {
+            return None;
+        }
+        let state = SlotState {
+            intake: Intake::new(Arc::clone(&self.store)),
+            connection: None,
+            lost: None,
+        };
+        let slot = Arc::new(Slot {
+            turn: AtomicU64::new(0),
+            state: Mutex::new(state),
+        });
+        slots.insert(*id, Arc::clone(&slot));
+        Some(slot)
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<SessionId, Arc<Slot>>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Slot {
+    fn state(&self) -> MutexGuard<'_, SlotState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes in what comes until the proxy ends the session or the connection breaks.
+fn take_in(
+    slot: &Slot,
+    turn: u64,
+    channel: &mut Channel,
+    stop: &Cancel,
+) -> Result<(), SessionError> {
+    let mut buffer = Vec::new();
+    let mut since_ack = 0;
+    loop {
+        stop.wait(IDLE)
+            .readable(channel.socket())
+            .map_err(|error| waiting(channel, error))?;
+        // A frame that has begun may not drip.
+        let wait = stop.wait(FRAME);
+        let header = channel.receive_header(&wait)?;
+        let length = header.length as usize;
+        if buffer.len() < length {
+            buffer.resize(length, 0);
+        }
+        let body = &mut buffer[..length];
+        channel.receive_body(&header, &mut [&mut *body], &wait)?;
+        let (answers, received, over) = {
+            let mut state = slot.state();
+            if slot.turn.load(Ordering::SeqCst) != turn {
+                return Err(SessionError::Replaced);
+            }
+            state.intake.frame(header.kind, body)?;
+            let answers = state.intake.answers();
+            (answers, state.intake.received(), state.intake.is_over())
+        };
+        let wait = stop.wait(FRAME);
+        for answer in answers {
+            link::send(channel, answer, &wait)?;
+        }
+        if over {
+            return Ok(());
+        }
+        since_ack += length;
+        if since_ack >= ACK_BYTES || matches!(header.kind, Kind::ImagesDone | Kind::ImageSession) {
+            since_ack = 0;
+            link::send(channel, Body::Ack(Ack { received }), &wait)?;
+        }
+    }
+}
+
+fn waiting(channel: &Channel, error: WaitError) -> TransportError {
+    let doing = "waiting for its next message";
+    let peer = channel.peer().to_owned();
+    match error {
+        WaitError::Deadline => TransportError::Deadline { peer, doing },
+        WaitError::Cancelled => TransportError::Cancelled { doing },
+        WaitError::Io(source) => TransportError::Broken {
+            peer,
+            doing,
+            source,
+        },
+    }
+}

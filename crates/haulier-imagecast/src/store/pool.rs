@@ -1,0 +1,228 @@
+//! Contents of images, in memory up to an allowance, and beyond it in a file if there is one.
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use haulier_images::account::Account;
+use rustix::fs::FallocateFlags;
+
+use super::StoreError;
+
+/// What a blob counts for beyond its bytes: itself, its count of references, the allocator.
+const OVERHEAD: u64 = 128;
+
+/// Where contents are kept.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    memory: Account,
+    spill: Option<Spill>,
+}
+
+/// A file without a name, for contents that memory has no room for.
+#[derive(Debug)]
+struct Spill {
+    directory: PathBuf,
+    file: File,
+    room: Account,
+    /// Where the file ends. Room that was given back becomes a hole and is not used again: a file
+    /// has more offsets than a cache will ever need.
+    end: AtomicU64,
+}
+
+impl Pool {
+    /// A pool of at most `memory` bytes.
+    pub(crate) fn new(memory: u64) -> Pool {
+        Pool {
+            memory: Account::new(memory),
+            spill: None,
+        }
+    }
+
+    /// Lets it use a file in `directory`, of at most `room` bytes.
+    pub(crate) fn spill_into(&mut self, directory: &Path, room: u64) -> Result<(), StoreError> {
+        let file = tempfile::tempfile_in(directory).map_err(|source| StoreError::Spill {
+            doing: "make a file in",
+            directory: directory.to_owned(),
+            source,
+        })?;
+        self.spill = Some(Spill {
+            directory: directory.to_owned(),
+            file,
+            room: Account::new(room),
+            end: AtomicU64::new(0),
+        });
+        Ok(())
+    }
+
+    /// Bytes of memory in use, and the most that there ever were.
+    pub(crate) fn used(&self) -> (u64, u64) {
+        (self.memory.used(), self.memory.peak())
+    }
+
+    /// Bytes in the file.
+    pub(crate) fn spilled(&self) -> u64 {
+        self.spill.as_ref().map_or(0, |spill| spill.room.used())
+    }
+
+    /// Counts memory that is not contents.
+    pub(crate) fn charge(&self, bytes: u64) -> Result<(), StoreError> {
+        self.memory.charge(bytes).map_err(|_| self.full())
+    }
+
+    /// Gives it back.
+    pub(crate) fn release(&self, bytes: u64) {
+        self.memory.release(bytes);
+    }
+
+    /// Keeps contents.
+    pub(crate) fn put(self: &Arc<Self>, bytes: &[u8]) -> Result<Blob, StoreError> {
+        let length = bytes.len() as u64;
+        let place = if self.memory.charge(length + OVERHEAD).is_ok() {
+            Place::Memory(bytes.into())
+        } else {
+            let spill = self.spill.as_ref().ok_or_else(|| self.full())?;
+            self.charge(OVERHEAD)?;
+            match spill.put(bytes) {
+                Ok(offset) => Place::Spilled {
+                    offset,
+                    length: bytes.len(),
+                },
+                Err(error) => {
+                    self.release(OVERHEAD);
+                    return Err(error);
+                }
+            }
+        };
+        Ok(Blob {
+            pool: Arc::clone(self),
+            place,
+        })
+    }
+
+    fn full(&self) -> StoreError {
+        StoreError::Full {
+            memory: self.memory.limit(),
+            spill: self.spill.as_ref().map_or(0, |spill| spill.room.limit()),
+        }
+    }
+}
+
+impl Spill {
+    fn put(&self, bytes: &[u8]) -> Result<u64, StoreError> {
+        let length = bytes.len() as u64;
+        self.room.charge(length).map_err(|_| StoreError::Full {
+            memory: 0,
+            spill: self.room.limit(),
+        })?;
+        let offset = self.end.fetch_add(length, Ordering::Relaxed);
+        self.file.write_all_at(bytes, offset).map_err(|source| {
+            self.give_back(offset, length);
+            StoreError::Spill {
+                doing: "write to a file in",
+                directory: self.directory.clone(),
+                source,
+            }
+        })?;
+        Ok(offset)
+    }
+
+    fn give_back(&self, offset: u64, length: u64) {
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        // A file system without holes keeps the blocks until the cache ends.
+        let _ = rustix::fs::fallocate(&self.file, hole, offset, length);
+        self.room.release(length);
+    }
+}
+
+/// Contents that are kept until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Blob {
+    pool: Arc<Pool>,
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    Memory(Box<[u8]>),
+    Spilled { offset: u64, length: usize },
+}
+
+impl Blob {
+    /// Bytes of the contents.
+    pub(crate) fn len(&self) -> usize {
+        match &self.place {
+            Place::Memory(bytes) => bytes.len(),
+            Place::Spilled { length, .. } => *length,
+        }
+    }
+
+    /// The contents.
+    pub(crate) fn read(&self) -> io::Result<Cow<'_, [u8]>> {
+        match (&self.place, &self.pool.spill) {
+            (Place::Memory(bytes), _) => Ok(Cow::Borrowed(bytes)),
+            (Place::Spilled { offset, length }, Some(spill)) => {
+                let mut bytes = vec![0; *length];
+                spill.file.read_exact_at(&mut bytes, *offset)?;
+                Ok(Cow::Owned(bytes))
+            }
+            (Place::Spilled { .. }, None) => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+}
+
+impl Drop for Blob {
+    fn drop(&mut self) {
+        match (&self.place, &self.pool.spill) {
+            (Place::Memory(bytes), _) => self.pool.release(bytes.len() as u64 + OVERHEAD),
+            (Place::Spilled { offset, length }, spill) => {
+                if let Some(spill) = spill {
+                    spill.give_back(*offset, *length as u64);
+                }
+                self.pool.release(OVERHEAD);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_dropped_makes_room() {
+        let pool = Arc::new(Pool::new(2 * (100 + OVERHEAD)));
+        let first = pool.put(&[1; 100]).unwrap();
+        let second = pool.put(&[2; 100]).unwrap();
+        assert!(matches!(pool.put(&[3]), Err(StoreError::Full { .. })));
+        drop(first);
+        let third = pool.put(&[3; 100]).unwrap();
+        assert_eq!(*second.read().unwrap(), [2; 100]);
+        assert_eq!(*third.read().unwrap(), [3; 100]);
+        drop((second, third));
+        assert_eq!(pool.used().0, 0);
+    }
+
+    #[test]
+    fn what_memory_has_no_room_for_goes_to_the_file_up_to_its_limit() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut pool = Pool::new(100 + 2 * OVERHEAD);
+        pool.spill_into(directory.path(), 150).unwrap();
+        let pool = Arc::new(pool);
+        let first = pool.put(&[1; 100]).unwrap();
+        let second = pool.put(&[2; 100]).unwrap();
+        assert_eq!((pool.spilled(), second.len()), (100, 100));
+        assert!(matches!(pool.put(&[3; 100]), Err(StoreError::Full { .. })));
+        assert_eq!(*first.read().unwrap(), [1; 100]);
+        assert_eq!(*second.read().unwrap(), [2; 100]);
+        drop(second);
+        assert_eq!(pool.spilled(), 0);
+        assert_eq!(*pool.put(&[4; 100]).unwrap().read().unwrap(), [4; 100]);
+        // It has no name that anything could be left under.
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,403 @@
+//! `haulier image-proxy` and `haulier image-cache`.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use bytesize::ByteSize;
+use clap::{Args, Subcommand};
+use haulier::SOFTWARE;
+use haulier::interrupt::cancel_on_signals;
+use haulier_imagecast::control::Listing;
+use haulier_imagecast::link::{Key, Way};
+use haulier_imagecast::{cache, proxy};
+use haulier_images::name::ImageName;
+use haulier_sys::inherited;
+use haulier_targets::host::{self, Host};
+use haulier_transport::greeting::Identity;
+
+use crate::cli::{host_and_port, time};
+
+/// The target of a directory that was given without a name.
+const DEFAULT_TARGET: &str = "main";
+/// The action at which CRIU's dump can still be undone.
+const VOTE: &str = "post-dump";
+
+/// Take images from "criu dump --stream" and send them to an image-cache
+///
+/// Every dump into one of the directories is taken, as plain CRIU runs it: criu dump --stream -D DIR.
+/// Later dumps of the same target send only the pages that have changed.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(after_help = PROXY_HELP)]
+pub(crate) struct ImageProxy {
+    #[command(subcommand)]
+    command: Option<ProxyCommand>,
+    #[command(flatten)]
+    connection: Connection,
+    /// Most memory for images that are under way
+    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
+    max_memory: ByteSize,
+}
+
+#[derive(Debug, Subcommand)]
+enum ProxyCommand {
+    Wait(WaitArguments),
+}
+
+const PROXY_HELP: &str = "\
+CRIU's own exit code does not tell whether the images were delivered. A script for its
+--action-script that runs \"haulier image-proxy wait\" does, in time for CRIU to let the process live
+otherwise:
+  #!/bin/sh
+  exec haulier image-proxy wait";
+
+/// Wait until the images of the newest dump are delivered, and fail if they will not be
+///
+/// As an action script of CRIU it does its work after the dump and nothing at other times.
+#[derive(Debug, Args)]
+struct WaitArguments {
+    /// The dump's directory [default: the one that CRIU names to its scripts]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Wait only until the proxy has every byte: for dumps that leave the process running
+    #[arg(long)]
+    taken: bool,
+    /// Longest time to wait
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = time)]
+    timeout: Duration,
+}
+
+/// Keep images that an image-proxy sends, and serve "criu restore --stream"
+///
+/// A restore may be the first command of all: criu restore --stream -D DIR waits for the dump. It gets
+/// the newest dump of its target; criu restore --stream -D DIR/N gets the Nth.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct ImageCache {
+    #[command(subcommand)]
+    command: Option<CacheCommand>,
+    #[command(flatten)]
+    connection: Connection,
+    /// Most memory for images, e.g. 8GiB [default: half of what is free at the start]
+    #[arg(long, value_name = "SIZE")]
+    max_memory: Option<ByteSize>,
+    /// Directory for images that memory has no room for [default: they are refused]
+    #[arg(long, value_name = "DIR")]
+    spill: Option<PathBuf>,
+    /// Most bytes there
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "16GiB",
+        requires = "spill"
+    )]
+    max_spill: ByteSize,
+    /// Dumps of each target that are kept; older ones go, as they do when memory is short
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    keep: u32,
+}
+
+#[derive(Debug, Subcommand)]
+enum CacheCommand {
+    /// Show the dumps that a running image-cache has of a target
+    List {
+        #[command(flatten)]
+        of: Of,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write a dump into a directory, as plain CRIU writes and reads it
+    Save {
+        #[command(flatten)]
+        of: Of,
+        /// Which dump [default: the newest]
+        #[arg(long, value_name = "N")]
+        snapshot: Option<u64>,
+        /// Empty, or made
+        to: PathBuf,
+    },
+    /// Read a dump from a directory that CRIU, or "save", has written
+    Load {
+        #[command(flatten)]
+        of: Of,
+        from: PathBuf,
+    },
+    /// Let a dump be restored whose image-proxy was lost before it said that the dump succeeded
+    ///
+    /// Only who knows that the process does not run on at its source can say so.
+    Release {
+        #[command(flatten)]
+        of: Of,
+        /// Which dump
+        snapshot: u64,
+    },
+    /// Forget a dump
+    Drop {
+        #[command(flatten)]
+        of: Of,
+        /// Which dump
+        snapshot: u64,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Of {
+    /// The target's directory
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct Connection {
+    #[command(flatten)]
+    way: WayArguments,
+    /// Directory that CRIU is told with -D, with the target's name, which has to be the same on the
+    /// other side [default name: main]; repeatable
+    #[arg(long, value_name = "[NAME=]DIR", required = true, value_parser = target)]
+    dir: Vec<(ImageName, PathBuf)>,
+    /// How long the other side may be out of reach before what is not complete is given up
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time)]
+    reconnect: Duration,
+    /// File with a secret that both sides have: others are turned away. Nothing is encrypted
+    #[arg(long, value_name = "FILE")]
+    secret_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct WayArguments {
+    /// Connect to the other side
+    #[arg(long, value_name = "HOST:PORT", value_parser = host_and_port)]
+    to: Option<String>,
+    /// Wait for the other side to connect; port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = host_and_port)]
+    listen: Option<String>,
+    /// Use this descriptor, a connected stream socket
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(3..))]
+    connection_fd: Option<RawFd>,
+}
+
+impl WayArguments {
+    fn way(&self) -> anyhow::Result<Way> {
+        Ok(match (&self.to, &self.listen, self.connection_fd) {
+            (Some(address), _, _) => Way::To(address.clone()),
+            (_, Some(address), _) => Way::Listen(address.clone()),
+            (_, _, Some(number)) => Way::Given(
+                inherited::take(number)
+                    .with_context(|| format!("descriptor {number} cannot be used"))?,
+            ),
+            _ => bail!("--to, --listen or --connection-fd is needed"),
+        })
+    }
+}
+
+impl Connection {
+    fn key(&self) -> anyhow::Result<Key> {
+        let Some(file) = &self.secret_file else {
+            return Ok(Key::from_secret(&[]));
+        };
+        let secret = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+        if secret.is_empty() {
+            bail!("{} is empty, which is no secret", file.display());
+        }
+        Ok(Key::from_secret(&secret))
+    }
+}
+
+fn me() -> Identity {
+    Identity {
+        software: SOFTWARE.to_owned(),
+        host: Host::this().name,
+    }
+}
+
+/// `haulier image-proxy`.
+pub(crate) fn image_proxy(arguments: &ImageProxy) -> anyhow::Result<()> {
+    if let Some(ProxyCommand::Wait(arguments)) = &arguments.command {
+        return wait_for_delivery(arguments);
+    }
+    // First of all, before anything else can have that number.
+    let way = arguments.connection.way.way()?;
+    let options = proxy::Options {
+        way,
+        targets: arguments.connection.dir.clone(),
+        max_memory: usize::try_from(arguments.max_memory.as_u64())?,
+        reconnect: arguments.connection.reconnect,
+        key: arguments.connection.key()?,
+        me: me(),
+    };
+    let stop = cancel_on_signals()?;
+    Ok(proxy::run(options, &stop, |address| {
+        ready("taking dumps", address);
+    })?)
+}
+
+fn wait_for_delivery(arguments: &WaitArguments) -> anyhow::Result<()> {
+    let action = std::env::var("CRTOOLS_SCRIPT_ACTION").ok();
+    if action.is_some_and(|action| action != VOTE) {
+        return Ok(());
+    }
+    let named = std::env::var_os("CRTOOLS_IMAGE_DIR").map(PathBuf::from);
+    let directory = arguments
+        .dir
+        .clone()
+        .or(named)
+        .context("--dir is needed: this is not an action script of CRIU")?;
+    let stop = cancel_on_signals()?;
+    let wait = stop.wait(arguments.timeout);
+    let delivered = proxy::wait(&directory, arguments.taken, &wait)
+        .context("the images were not delivered")?;
+    if arguments.taken {
+        println!("taken: {} images, {} bytes", delivered.images, delivered.bytes);
+    } else {
+        println!(
+            "delivered as dump {}: {} images, {} bytes, of which {} had to be sent",
+            delivered.snapshot, delivered.images, delivered.bytes, delivered.sent
+        );
+    }
+    Ok(())
+}
+
+/// `haulier image-cache`.
+pub(crate) fn image_cache(arguments: &ImageCache) -> anyhow::Result<()> {
+    if let Some(command) = &arguments.command {
+        return ask_cache(command);
+    }
+    // First of all, before anything else can have that number.
+    let way = arguments.connection.way.way()?;
+    let spill = arguments.spill.clone();
+    let options = cache::Options {
+        way,
+        targets: arguments.connection.dir.clone(),
+        max_memory: arguments
+            .max_memory
+            .map_or_else(|| host::available_memory() / 2, |size| size.as_u64()),
+        spill: spill.map(|directory| (directory, arguments.max_spill.as_u64())),
+        keep: arguments.keep as usize,
+        reconnect: arguments.connection.reconnect,
+        key: arguments.connection.key()?,
+        me: me(),
+    };
+    let stop = cancel_on_signals()?;
+    Ok(cache::run(options, &stop, |address| {
+        ready("serving restores", address);
+    })?)
+}
+
+/// For whoever started it and waits until it can be used.
+fn ready(what: &str, address: Option<&str>) {
+    match address {
+        Some(address) => println!("{what}, listening on {address}"),
+        None => println!("{what}"),
+    }
+    let _ = io::stdout().flush();
+}
+
+fn ask_cache(command: &CacheCommand) -> anyhow::Result<()> {
+    let stop = cancel_on_signals()?;
+    let wait = stop.wait(Duration::from_secs(3600));
+    match command {
+        CacheCommand::List { of, json } => {
+            let listing = cache::list(&of.dir, &wait)?;
+            if *json {
+                println!("{}", serde_json::to_string(&listing)?);
+            } else {
+                print_listing(&listing);
+            }
+        }
+        CacheCommand::Save { of, snapshot, to } => {
+            let to = std::path::absolute(to)?;
+            let saved = cache::save(&of.dir, *snapshot, &to, &wait)?;
+            println!(
+                "dump {} saved: {} images, {} bytes",
+                saved.snapshot, saved.images, saved.bytes
+            );
+        }
+        CacheCommand::Load { of, from } => {
+            let from = std::path::absolute(from)?;
+            let loaded = cache::load(&of.dir, &from, &wait)?;
+            println!(
+                "loaded as dump {}: {} images, {} bytes",
+                loaded.snapshot, loaded.images, loaded.bytes
+            );
+        }
+        CacheCommand::Release { of, snapshot } => {
+            cache::release(&of.dir, *snapshot, &wait)?;
+            println!("dump {snapshot} can be restored");
+        }
+        CacheCommand::Drop { of, snapshot } => {
+            cache::forget(&of.dir, *snapshot, &wait)?;
+            println!("dump {snapshot} is forgotten");
+        }
+    }
+    Ok(())
+}
+
+fn print_listing(listing: &Listing) {
+    println!(
+        "memory {} (at most {}), on disk {}",
+        ByteSize(listing.memory),
+        ByteSize(listing.peak),
+        ByteSize(listing.spilled)
+    );
+    for listed in &listing.snapshots {
+        println!(
+            "{:>6}  {:>6} images  {:>12}  {}",
+            listed.snapshot,
+            listed.images,
+            ByteSize(listed.bytes).to_string(),
+            listed.state
+        );
+    }
+}
+
+/// `DIR` or `NAME=DIR`.
+fn target(text: &str) -> Result<(ImageName, PathBuf), String> {
+    let (name, directory) = text.split_once('=').unwrap_or((DEFAULT_TARGET, text));
+    let name = ImageName::new(name).map_err(|_| format!("{name:?} cannot be a target's name"))?;
+    if directory.is_empty() {
+        return Err("the directory is missing".to_owned());
+    }
+    Ok((name, Path::new(directory).to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use crate::cli::Cli;
+
+    #[test]
+    fn image_commands_are_understood() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' ')).map(drop);
+        for good in [
+            "haulier image-proxy --to web2:7001 --dir /run/dump",
+            "haulier image-proxy --listen 0.0.0.0:7001 --dir a=/x --dir b=/y --max-memory 1GiB",
+            "haulier image-proxy --connection-fd 3 --dir /run/dump --reconnect 5s",
+            "haulier image-proxy wait --dir /run/dump --taken",
+            "haulier image-cache --listen [::]:7001 --dir /run/restore --spill /var/tmp",
+            "haulier image-cache save --dir /run/restore /tmp/images",
+            "haulier image-cache list --dir /run/restore --json",
+            "haulier image-cache drop --dir /run/restore 3",
+        ] {
+            assert!(parse(good).is_ok(), "{good}: {:?}", parse(good));
+        }
+        for bad in [
+            "haulier image-proxy --dir /run/dump",
+            "haulier image-proxy --to web2:7001",
+            "haulier image-proxy --to web2:7001 --listen :1 --dir /x",
+            "haulier image-proxy --connection-fd 1 --dir /x",
+            "haulier image-cache --listen 0.0.0.0:7001 --dir ../a=/x",
+            "haulier image-cache --listen 0.0.0.0:7001 --dir a=",
+            "haulier image-cache --listen 0.0.0.0:7001 --dir /x --keep 0",
+            "haulier image-cache save --dir /run/restore",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+}
