@@ -89,12 +89,7 @@ pub(crate) struct ImageCache {
     #[arg(long, value_name = "DIR")]
     spill: Option<PathBuf>,
     /// Most bytes there
-    #[arg(
-        long,
-        value_name = "SIZE",
-        default_value = "16GiB",
-        requires = "spill"
-    )]
+    #[arg(long, value_name = "SIZE", default_value = "16GiB", requires = "spill")]
     max_spill: ByteSize,
     /// Dumps of each target that are kept; older ones go, as they do when memory is short
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -250,10 +245,13 @@ fn wait_for_delivery(arguments: &WaitArguments) -> anyhow::Result<()> {
         .context("--dir is needed: this is not an action script of CRIU")?;
     let stop = cancel_on_signals()?;
     let wait = stop.wait(arguments.timeout);
-    let delivered = proxy::wait(&directory, arguments.taken, &wait)
-        .context("the images were not delivered")?;
+    let delivered =
+        proxy::wait(&directory, arguments.taken, &wait).context("the images were not delivered")?;
     if arguments.taken {
-        println!("taken: {} images, {} bytes", delivered.images, delivered.bytes);
+        println!(
+            "taken: {} images, {} bytes",
+            delivered.images, delivered.bytes
+        );
     } else {
         println!(
             "delivered as dump {}: {} images, {} bytes, of which {} had to be sent",

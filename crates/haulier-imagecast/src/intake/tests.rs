@@ -1,1 +1,356 @@
+//! Peers that mean no good.
 
+use proptest::prelude::*;
+
+use super::*;
+use crate::message::{Ack, Session};
+use crate::store::Pool;
+
+const MEMORY: u64 = 1 << 20;
+
+fn intake() -> Intake {
+    let target = ImageName::new("a").unwrap();
+    Intake::new(Arc::new(Store::new(Pool::new(MEMORY), [target], 3)))
+}
+
+type Frame = (Kind, Vec<u8>);
+
+fn encode(message: &impl prost::Message) -> Vec<u8> {
+    message.encode_to_vec()
+}
+
+fn begin(snapshot: u64, target: &str) -> Frame {
+    session(Body::Begin(Begin {
+        snapshot,
+        target: target.to_owned(),
+    }))
+}
+
+fn session(body: Body) -> Frame {
+    (Kind::ImageSession, encode(&Session::from(body)))
+}
+
+fn header(number: u32, snapshot: u64, name: &str) -> Frame {
+    let header = ImageHeader {
+        number,
+        name: name.to_owned(),
+        size: None,
+        snapshot,
+    };
+    (Kind::ImageHeader, encode(&header))
+}
+
+fn data(number: u32, bytes: &[u8]) -> Frame {
+    let mut body = number.to_le_bytes().to_vec();
+    body.extend_from_slice(bytes);
+    (Kind::ImageData, body)
+}
+
+fn paged(number: u32, runs: &[Run], literal: &[u8]) -> Frame {
+    let mut body = runs::encode(number, runs);
+    body.extend_from_slice(literal);
+    (Kind::ImageData, body)
+}
+
+fn end(number: u32, length: u64, blake3: &[u8]) -> Frame {
+    let end = ImageEnd {
+        number,
+        length,
+        blake3: blake3.to_vec(),
+    };
+    (Kind::ImageEnd, encode(&end))
+}
+
+fn done(snapshot: u64, images: u32) -> Frame {
+    (Kind::ImagesDone, encode(&ImagesDone { images, snapshot }))
+}
+
+fn release(snapshot: u64) -> Frame {
+    session(Body::Release(Release { snapshot }))
+}
+
+fn take(intake: &mut Intake, frames: &[Frame]) -> Result<(), Violation> {
+    frames
+        .iter()
+        .try_for_each(|(kind, body)| intake.frame(*kind, body))
+}
+
+#[test]
+fn what_is_out_of_order_ends_the_session() {
+    let bad: &[(&str, Vec<Frame>)] = &[
+        ("a frame of another kind", vec![(Kind::Pages, Vec::new())]),
+        ("no protobuf", vec![(Kind::ImageSession, vec![255; 9])]),
+        ("an unknown message", vec![(Kind::ImageSession, Vec::new())]),
+        (
+            "a message of the cache's",
+            vec![session(Body::Ack(Ack { received: 1 }))],
+        ),
+        ("a name that leads out", vec![begin(1, "../a")]),
+        ("a dump again", vec![begin(1, "a"), begin(1, "a")]),
+        ("two dumps at once", vec![begin(1, "a"), begin(2, "a")]),
+        ("an image of no dump", vec![header(0, 1, "core-1.img")]),
+        (
+            "an image that leads out",
+            vec![begin(1, "a"), header(0, 1, "../../etc/passwd")],
+        ),
+        (
+            "an image with an absolute name",
+            vec![begin(1, "a"), header(0, 1, "/etc/passwd")],
+        ),
+        (
+            "an image without a name",
+            vec![begin(1, "a"), header(0, 1, "")],
+        ),
+        (
+            "an image with a zero in its name",
+            vec![begin(1, "a"), header(0, 1, "a\0b")],
+        ),
+        (
+            "an image number again",
+            vec![begin(1, "a"), header(0, 1, "a.img"), header(0, 1, "b.img")],
+        ),
+        (
+            "a number that is a flag",
+            vec![begin(1, "a"), header(PAGED, 1, "a.img")],
+        ),
+        ("data of no image", vec![begin(1, "a"), data(0, b"x")]),
+        ("data without a number", vec![(Kind::ImageData, vec![0; 3])]),
+        (
+            "pages of an image that has none",
+            vec![
+                begin(1, "a"),
+                header(0, 1, "core-1.img"),
+                paged(0, &[Run::Zero { pages: 1 }], &[]),
+            ],
+        ),
+        (
+            "bytes of an image of pages",
+            vec![begin(1, "a"), header(0, 1, "pages-1.img"), data(0, b"x")],
+        ),
+        (
+            "pages that nobody sent",
+            vec![
+                begin(1, "a"),
+                header(0, 1, "pages-1.img"),
+                paged(0, &[Run::Bank { first: 0, pages: 1 }], &[]),
+            ],
+        ),
+        (
+            "pages beyond the last number",
+            vec![
+                begin(1, "a"),
+                header(0, 1, "pages-1.img"),
+                paged(
+                    0,
+                    &[Run::Bank {
+                        first: u32::MAX,
+                        pages: 2,
+                    }],
+                    &[],
+                ),
+            ],
+        ),
+        (
+            "pages without end",
+            vec![
+                begin(1, "a"),
+                header(0, 1, "pages-1.img"),
+                paged(
+                    0,
+                    &[Run::Zero {
+                        pages: (1 << 30) - 1,
+                    }],
+                    &[],
+                ),
+            ],
+        ),
+        ("an end of no image", vec![begin(1, "a"), end(0, 0, &[])]),
+        ("an image that is missing", vec![begin(1, "a"), done(1, 1)]),
+        (
+            "an image that has not ended",
+            vec![begin(1, "a"), header(0, 1, "a.img"), done(1, 1)],
+        ),
+        ("a release of nothing", vec![release(1)]),
+        ("a release too early", vec![begin(1, "a"), release(1)]),
+        (
+            "more when all is there",
+            vec![begin(1, "a"), done(1, 0), header(0, 1, "a.img")],
+        ),
+    ];
+    for (what, frames) in bad {
+        let mut intake = intake();
+        assert!(take(&mut intake, frames).is_err(), "{what}");
+        intake.lost("it broke the protocol");
+        for info in intake.store.list() {
+            assert!(!matches!(info.state, State::Released), "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_damaged_image_fails_its_dump_and_no_other() {
+    for (length, blake3) in [
+        (2, *blake3::hash(b"x").as_bytes()),
+        (1, *blake3::hash(b"y").as_bytes()),
+    ] {
+        let mut intake = intake();
+        let bad = [
+            begin(1, "a"),
+            header(0, 1, "core-1.img"),
+            data(0, b"x"),
+            end(0, length, &blake3),
+            // What still comes of it is passed over.
+            header(1, 1, "pages-1.img"),
+            paged(1, &[Run::Bank { first: 9, pages: 1 }], &[]),
+            end(1, 0, &[]),
+            done(1, 2),
+        ];
+        take(&mut intake, &bad).unwrap();
+        let answers = intake.answers();
+        assert!(matches!(&answers[..], [Body::Refused(_)]), "{answers:?}");
+        let good = [
+            session(Body::Abort(Abort {
+                snapshot: 1,
+                reason: String::new(),
+            })),
+            begin(2, "a"),
+            header(0, 2, "core-1.img"),
+            data(0, b"x"),
+            end(0, 1, blake3::hash(b"x").as_bytes()),
+            done(2, 1),
+            release(2),
+        ];
+        take(&mut intake, &good).unwrap();
+        let states: Vec<State> = intake.store.list().into_iter().map(|i| i.state).collect();
+        assert_eq!(states, [State::Released]);
+    }
+}
+
+#[test]
+fn an_unknown_target_is_refused() {
+    let mut intake = intake();
+    take(&mut intake, &[begin(1, "b"), header(0, 1, "a.img")]).unwrap();
+    let answers = intake.answers();
+    assert!(
+        matches!(&answers[..], [Body::Refused(refused)] if refused.reason.contains("target b")),
+        "{answers:?}"
+    );
+}
+
+#[test]
+fn what_is_not_complete_when_the_session_is_lost_fails_and_what_is_held_stays() {
+    let mut intake = intake();
+    take(&mut intake, &[begin(1, "a"), done(1, 0), begin(2, "a")]).unwrap();
+    assert_eq!(intake.said().len(), 1);
+    intake.lost("gone");
+    let states: Vec<State> = intake.store.list().into_iter().map(|i| i.state).collect();
+    assert_eq!(states, [State::Held, State::Failed("gone".to_owned())]);
+}
+
+#[test]
+fn nothing_that_is_sent_takes_more_than_the_allowance() {
+    // Names, small data, zero pages, dumps: each without end.
+    let mut intake = intake();
+    take(&mut intake, &[begin(1, "a")]).unwrap();
+    for number in 0..20_000 {
+        let image = header(number, 1, &format!("image-{number}.img"));
+        take(&mut intake, &[image]).unwrap();
+        take(&mut intake, &[data(number, b"x")]).unwrap();
+    }
+    assert!(intake.store.pool().used().1 <= MEMORY);
+    take(
+        &mut intake,
+        &[session(Body::Abort(Abort {
+            snapshot: 1,
+            reason: String::new(),
+        }))],
+    )
+    .unwrap();
+    take(&mut intake, &[begin(2, "a"), header(0, 2, "pages-1.img")]).unwrap();
+    for _ in 0..100_000 {
+        let zeros = paged(0, &[Run::Zero { pages: 1024 }], &[]);
+        take(&mut intake, &[zeros]).unwrap();
+    }
+    assert!(intake.store.pool().used().1 <= MEMORY);
+    intake.lost("enough");
+    for snapshot in 3..5000 {
+        take(
+            &mut intake,
+            &[begin(snapshot, "a"), done(snapshot, 0), release(snapshot)],
+        )
+        .unwrap();
+    }
+    assert!(intake.store.pool().used().1 <= MEMORY);
+}
+
+/// Frames that are mostly well-formed, in any order.
+fn frame() -> impl Strategy<Value = Frame> {
+    let small = 0_u32..4;
+    let snapshot = 0_u64..4;
+    let name = prop::sample::select(vec![
+        "core-1.img",
+        "pages-1.img",
+        "pages-2.img",
+        "inventory.img",
+        "..",
+        "a/b",
+    ]);
+    let run = prop_oneof![
+        (1_u32..2000).prop_map(|pages| Run::Zero { pages }),
+        (0_u32..20, 1_u32..20).prop_map(|(first, pages)| Run::Bank { first, pages }),
+        (1_u32..4).prop_map(|pages| Run::Literal { pages }),
+    ];
+    let noise = prop::collection::vec(any::<u8>(), 0..64);
+    prop_oneof![
+        snapshot.clone().prop_map(|s| begin(s, "a")),
+        (small.clone(), snapshot.clone(), name).prop_map(|(n, s, name)| header(n, s, name)),
+        (small.clone(), noise.clone()).prop_map(|(n, bytes)| data(n, &bytes)),
+        (small.clone(), prop::collection::vec(run, 0..5)).prop_map(|(n, runs)| {
+            let literal = runs.iter().map(|run| match run {
+                Run::Literal { pages } => *pages as usize * PAGE,
+                _ => 0,
+            });
+            let literal = vec![7; literal.sum()];
+            paged(n, &runs, &literal)
+        }),
+        (small.clone(), 0_u64..9000, noise.clone()).prop_map(|(n, l, b)| end(n, l, &b)),
+        (snapshot.clone(), small).prop_map(|(s, n)| done(s, n)),
+        snapshot.clone().prop_map(release),
+        snapshot.prop_map(|snapshot| session(Body::Abort(Abort {
+            snapshot,
+            reason: "so".to_owned()
+        }))),
+        (prop::sample::select(Kind::ALL.to_vec()), noise),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    /// Whatever comes, nothing panics, the allowance holds, no dump that is not complete is held,
+    /// and in the end everything is given back.
+    #[test]
+    fn hostile_frames_do_no_harm(frames in prop::collection::vec(frame(), 0..60)) {
+        let mut intake = intake();
+        for (kind, body) in &frames {
+            if intake.frame(*kind, body).is_err() {
+                break;
+            }
+            prop_assert!(intake.store.pool().used().1 <= MEMORY);
+        }
+        let store = Arc::clone(&intake.store);
+        intake.lost("the end");
+        drop(intake);
+        for info in store.list() {
+            if matches!(info.state, State::Held | State::Released) {
+                for (name, image) in store.images(&info.key) {
+                    prop_assert!(!name.as_str().contains('/'));
+                    let end = image.next(usize::MAX, 1, std::time::Duration::ZERO);
+                    prop_assert!(matches!(end, crate::store::Next::End));
+                }
+            }
+            store.forget(&info.key).unwrap();
+        }
+        prop_assert_eq!(store.pool().used().0, 0);
+    }
+}

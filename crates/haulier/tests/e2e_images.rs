@@ -1,0 +1,219 @@
+//! Plain `criu dump --stream` and `criu restore --stream`, with an image-proxy and an image-cache
+//! between them.
+
+mod cast;
+mod stage;
+
+use cast::Cast;
+use haulier_lab::Signal;
+use stage::LONG;
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn a_restore_that_is_started_first_waits_for_the_dump() {
+    let cast = Cast::new();
+    let counter = cast.counter(32);
+    let _cache = cast.cache(&[]);
+    let restore = cast.restore("/srv/images", &[]).spawn_captured().unwrap();
+    let _proxy = cast.proxy(&[]);
+    counter.goes_on();
+
+    let dump = cast.dump(counter.pid, &[]).output(LONG).unwrap();
+    cast.dumped(dump);
+    cast.restored(restore.finish(LONG).unwrap());
+    assert!(!cast.stage.host(1).process_alive(counter.pid));
+    assert!(cast.stage.host(2).process_alive(counter.pid));
+    counter.goes_on();
+}
+
+#[test]
+fn a_redis_comes_back_with_its_data_and_nothing_is_left_on_disk() {
+    let cast = Cast::new();
+    let redis = cast.redis(64);
+    let _cache = cast.cache(&[]);
+    let restore = cast.restore("/srv/images", &[]).spawn_captured().unwrap();
+    let _proxy = cast.proxy(&[]);
+
+    let dump = cast.dump_with_vote(redis, &[]).output(LONG).unwrap();
+    let said = cast.dumped(dump);
+    assert!(said.contains("delivered as dump 1"), "{said}");
+    cast.restored(restore.finish(LONG).unwrap());
+    cast.is_right_then_ends(redis, 1, 64);
+    for host in [1, 2] {
+        let files = cast
+            .stage
+            .host(host)
+            .shell("find /srv -name '*.img'")
+            .unwrap();
+        assert_eq!(files.success(), "");
+    }
+}
+
+#[test]
+fn a_dump_fails_with_the_process_alive_when_the_cache_dies() {
+    let cast = Cast::new();
+    let counter = cast.counter(32);
+    let cache = cast.cache(&[]);
+    let proxy = cast.proxy(&["--reconnect", "1s"]);
+    proxy
+        .wait_for_output("connected to the image-cache", LONG)
+        .unwrap();
+    let restore = cast.restore("/srv/images", &[]).spawn_captured().unwrap();
+    cache.process.kill(Signal::KILL).unwrap();
+
+    let dump = cast.dump_with_vote(counter.pid, &[]).output(LONG).unwrap();
+    assert!(!dump.status.success(), "{}", dump.stdout);
+    counter.goes_on();
+    assert!(cast.stage.host(1).process_alive(counter.pid));
+    // The restore has ended without having begun.
+    assert!(!restore.finish(LONG).unwrap().status.success());
+    let said = proxy.stderr().unwrap();
+    assert!(said.contains("image-cache"), "{said}");
+}
+
+#[test]
+fn a_restore_fails_before_it_starts_when_the_proxy_dies() {
+    let cast = Cast::new();
+    let counter = cast.counter(32);
+    let cache = cast.cache(&["--reconnect", "1s"]);
+    let restore = cast.restore("/srv/images", &[]).spawn_captured().unwrap();
+    let proxy = cast.proxy(&[]);
+    proxy
+        .wait_for_output("connected to the image-cache", LONG)
+        .unwrap();
+    cast.stage.lab.shape(Some("20mbit")).unwrap();
+    let dump = cast
+        .dump_with_vote(counter.pid, &[])
+        .spawn_captured()
+        .unwrap();
+    cache
+        .wait_for_output("a restore reads snapshot 1", LONG)
+        .unwrap();
+    proxy.process.kill(Signal::KILL).unwrap();
+
+    assert!(!dump.finish(LONG).unwrap().status.success());
+    counter.goes_on();
+    assert!(cast.stage.host(1).process_alive(counter.pid));
+    assert!(!restore.finish(LONG).unwrap().status.success());
+    assert!(!cast.stage.host(2).process_alive(counter.pid));
+    let said = cache.stderr().unwrap();
+    assert!(said.contains("snapshot 1 of main failed"), "{said}");
+}
+
+#[test]
+fn a_dump_goes_on_over_a_new_connection() {
+    let cast = Cast::new();
+    let counter = cast.counter(64);
+    let cache = cast.cache(&[]);
+    let restore = cast.restore("/srv/images", &[]).spawn_captured().unwrap();
+    let _proxy = cast.proxy(&[]);
+    cast.stage.lab.shape(Some("200mbit")).unwrap();
+    let dump = cast
+        .dump_with_vote(counter.pid, &[])
+        .spawn_captured()
+        .unwrap();
+    cache
+        .wait_for_output("a restore reads snapshot 1", LONG)
+        .unwrap();
+    for _ in 0..2 {
+        // Connections are reset, as by a firewall that lost its state.
+        let killed = cast
+            .stage
+            .host(1)
+            .shell("ss -K dst 10.77.0.2 dport = 7001")
+            .unwrap();
+        killed.success();
+    }
+    cast.stage.lab.shape(None).unwrap();
+    cast.dumped(dump.finish(LONG).unwrap());
+    cast.restored(restore.finish(LONG).unwrap());
+    counter.goes_on();
+    assert!(cast.stage.host(2).process_alive(counter.pid));
+    let said = cache.stderr().unwrap();
+    assert!(said.matches("sends images").count() >= 2, "{said}");
+}
+
+#[test]
+fn a_dump_that_the_cache_has_no_room_for_leaves_the_process_alive() {
+    let cast = Cast::new();
+    let counter = cast.counter(64);
+    let _cache = cast.cache(&["--max-memory", "20MiB"]);
+    let proxy = cast.proxy(&[]);
+    // Even without a vote, CRIU is told in time.
+    let dump = cast.dump(counter.pid, &[]).output(LONG).unwrap();
+    assert!(!dump.status.success(), "{}", dump.stdout);
+    counter.goes_on();
+    assert!(cast.stage.host(1).process_alive(counter.pid));
+    let said = proxy.stderr().unwrap();
+    assert!(said.contains("that the cache may use"), "{said}");
+    let list = cast.list();
+    assert!(list["peak"].as_u64().unwrap() <= 20 * MIB, "{list}");
+}
+
+#[test]
+fn later_dumps_send_what_changed_and_each_can_be_restored() {
+    let cast = Cast::new();
+    let redis = cast.redis(64);
+    let _cache = cast.cache(&[]);
+    let _proxy = cast.proxy(&[]);
+    let mut sent: Vec<u64> = Vec::new();
+    for dump in 1..=4 {
+        let mut options = vec!["--leave-running"];
+        if dump == 4 {
+            options.pop();
+        }
+        let output = cast.dump_with_vote(redis, &options).output(LONG).unwrap();
+        let said = cast.dumped(output);
+        let bytes = said.split(' ').rev().nth(4).and_then(|b| b.parse().ok());
+        sent.push(bytes.unwrap_or_else(|| panic!("{said}")));
+        if dump < 4 {
+            cast.fill(1 + dump, 2);
+        }
+    }
+    assert!(sent[0] > 64 * MIB, "{sent:?}");
+    assert!(sent[1..].iter().all(|bytes| *bytes < 8 * MIB), "{sent:?}");
+    cast.all_released(4);
+    // The second, then the newest, twice.
+    for (directory, seed) in [("/srv/images/2", 2), ("/srv/images", 4), ("/srv/images", 4)] {
+        cast.restored(cast.restore(directory, &[]).output(LONG).unwrap());
+        cast.is_right_then_ends(redis, seed, 2);
+    }
+}
+
+#[test]
+fn a_dump_is_saved_as_plain_images_and_loaded_again() {
+    let cast = Cast::new();
+    let redis = cast.redis(16);
+    let _cache = cast.cache(&[]);
+    let _proxy = cast.proxy(&[]);
+    let dump = cast.dump_with_vote(redis, &[]).output(LONG).unwrap();
+    cast.dumped(dump);
+    cast.all_released(1);
+    let cache = |command: &str, argument: &str| {
+        let command = cast.stage.haulier(2).args(["image-cache", command]);
+        let command = command.args(["--dir", "/srv/images", argument]);
+        command.output(LONG).unwrap()
+    };
+    cache("save", "/srv/plain").success();
+    let again = cache("save", "/srv/plain");
+    assert!(again.stderr.contains("is not empty"), "{}", again.stderr);
+
+    let plain = [
+        "restore",
+        "-D",
+        "/srv/plain",
+        "-d",
+        "-W",
+        "/srv",
+        "-o",
+        "restore.log",
+    ];
+    cast.restored(cast.criu(2, &plain).output(LONG).unwrap());
+    cast.is_right_then_ends(redis, 1, 16);
+
+    cache("load", "/srv/plain").success();
+    cache("drop", "1").success();
+    cast.restored(cast.restore("/srv/images", &[]).output(LONG).unwrap());
+    cast.is_right_then_ends(redis, 1, 16);
+}
