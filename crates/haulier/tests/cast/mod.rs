@@ -199,6 +199,34 @@ impl Cast {
         eventually("its number is free", || host.process(pid).is_none());
     }
 
+    /// Dumps the Redis `count` times, the last time for good, and fills `mib` of it anew in between.
+    /// The bytes of its images in the end, and what each dump sent.
+    pub fn dumps(&self, pid: i32, count: u64, mib: u64) -> (u64, Vec<u64>) {
+        let (mut bytes, mut sent) = (0, Vec::new());
+        for dump in 1..=count {
+            let options: &[&str] = if dump < count {
+                &["--leave-running"]
+            } else {
+                &[]
+            };
+            let said = self.dumped(self.dump_with_vote(pid, options).output(LONG).unwrap());
+            let numbers: Vec<u64> = said
+                .split(|c: char| !c.is_ascii_digit())
+                .filter_map(|number| number.parse().ok())
+                .collect();
+            // CRIU's time stamp may be in front.
+            let [.., all, had_to_be_sent] = numbers[..] else {
+                panic!("{said}")
+            };
+            bytes = all;
+            sent.push(had_to_be_sent);
+            if dump < count {
+                self.fill(1 + dump, mib);
+            }
+        }
+        (bytes, sent)
+    }
+
     /// `haulier image-cache list` says that each dump can be restored.
     pub fn all_released(&self, dumps: usize) {
         eventually("all can be restored", || {
