@@ -65,7 +65,7 @@ pub enum RestoreError {
         source: io::Error,
     },
     /// CRIU failed.
-    #[error(transparent)]
+    #[error("the restore failed")]
     Failed(#[from] CriuFailure),
 }
 
@@ -155,13 +155,15 @@ impl Starting {
         let opened = self
             .request(options)
             .map_err(RestoreError::from)
-            .and_then(|()| loop {
-                // It has no reader, and cannot be opened, before CRIU waits in opening it.
-                let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-                match rustix::fs::open(&inventory, flags, Mode::empty()) {
-                    Ok(gate) => return Ok(gate),
-                    Err(Errno::NXIO) => self.expect_silence(wait)?,
-                    Err(errno) => return Err(failed("open the FIFO")(errno)),
+            .and_then(|()| {
+                loop {
+                    // It has no reader, and cannot be opened, before CRIU waits in opening it.
+                    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+                    match rustix::fs::open(&inventory, flags, Mode::empty()) {
+                        Ok(gate) => return Ok(gate),
+                        Err(Errno::NXIO) => self.expect_silence(wait)?,
+                        Err(errno) => return Err(failed("open the FIFO")(errno)),
+                    }
                 }
             });
         // The name is for the image that comes.

@@ -55,11 +55,7 @@ fn ready(criu: &Criu, pid: i32, directory: &tempfile::TempDir) -> Ready {
     starting.ready(&soon()).unwrap()
 }
 
-fn freeze(
-    criu: &Criu,
-    pid: i32,
-    directory: &tempfile::TempDir,
-) -> Result<Frozen, CriuFailure> {
+fn freeze(criu: &Criu, pid: i32, directory: &tempfile::TempDir) -> Result<Frozen, CriuFailure> {
     ready(criu, pid, directory).freeze(&soon())
 }
 

@@ -75,7 +75,10 @@ fn a_restore_that_died_while_it_waited_is_noticed() {
     }
     fs::write(directory.path().join("inventory.img"), "anything").unwrap();
     let error = held.restore(&soon()).unwrap_err();
-    assert!(error.to_string().contains("ended"), "{error}");
+    let RestoreError::Failed(failure) = error else {
+        panic!("{error}")
+    };
+    assert!(failure.to_string().contains("ended"), "{failure}");
 }
 
 #[test]

@@ -81,7 +81,7 @@ pub struct Control {
     /// Which one. `None` is a message of a later version.
     #[prost(
         oneof = "control::Body",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14"
     )]
     pub body: Option<control::Body>,
 }
@@ -131,6 +131,10 @@ pub mod control {
         /// stands on the source is the last copy.
         #[prost(message, tag = "13")]
         Lost(super::Failure),
+        /// Source: the target stands and is silent, and its images follow. Until the images come the
+        /// destination can do what nobody may do while the target runs elsewhere.
+        #[prost(message, tag = "14")]
+        Frozen(super::Frozen),
     }
 }
 
@@ -246,6 +250,10 @@ pub struct Begin {
 /// The destination is prepared.
 #[derive(Clone, PartialEq, Message)]
 pub struct Prepared {}
+
+/// The target stands.
+#[derive(Clone, PartialEq, Message)]
+pub struct Frozen {}
 
 /// Everything has been sent.
 #[derive(Clone, PartialEq, Message)]
@@ -464,6 +472,7 @@ impl control::Body {
             control::Body::Rejoin(_) => "rejoin",
             control::Body::Missing(_) => "missing",
             control::Body::Lost(_) => "lost",
+            control::Body::Frozen(_) => "frozen",
         }
     }
 }
@@ -506,6 +515,7 @@ mod tests {
                 packets: false,
             }),
             control::Body::Prepared(Prepared {}),
+            control::Body::Frozen(Frozen {}),
             control::Body::Offer(Offer {
                 pages: 9,
                 images: 3,

@@ -24,6 +24,7 @@ use haulier_transport::channel::Channel;
 use tracing::{info, warn};
 
 use crate::destination::Shared;
+use crate::destination::moves::FastMoves;
 use crate::directories::ImageDirectory;
 use crate::guard;
 use crate::packets::PacketReceiver;
@@ -67,6 +68,7 @@ pub(crate) struct Hold {
     criu: RestoreOptions,
     /// Ready, and in its cgroup, before there are any images.
     waiting: Option<Waiting>,
+    moves: Option<FastMoves>,
     root: i32,
     over: bool,
 }
@@ -114,6 +116,7 @@ impl Hold {
             lazy: None,
             criu,
             waiting: None,
+            moves: None,
             root: 0,
             over: false,
         };
@@ -151,7 +154,15 @@ impl Hold {
         self.root
     }
 
-    /// Restores the tree and leaves it, complete, in its frozen cgroup.
+    /// Does what can be done without the images, but only once the target stands at its source and
+    /// is silent there: the addresses are taken, behind a lock.
+    pub(crate) fn approach(&mut self, shared: &Shared) -> Result<(), AnyError> {
+        self.moves = FastMoves::keep(&shared.cgroups);
+        self.take_addresses()
+    }
+
+    /// Restores the tree and leaves it, complete, in its frozen cgroup. [`Hold::approach`] comes
+    /// before: restored sockets need the addresses.
     pub(crate) fn restore(
         &mut self,
         shared: &Shared,
@@ -166,8 +177,7 @@ impl Hold {
             daemon = daemon.guarded_by(guard);
         }
         self.lazy = Some(daemon.start(lazy_map(&skeleton), Arc::clone(memory.store))?);
-        self.take_addresses()?;
-        clock.lap("addresses");
+        clock.lap("skeleton");
 
         let parked = self.run_criu(shared, wait)?;
         self.root = parked.root();
@@ -184,6 +194,7 @@ impl Hold {
             self.home.freeze(wait)
         };
         freeze().inspect_err(|_| kill())?;
+        self.moves = None;
         at_resume.detach(wait)?;
         clock.lap("sockets");
         // Not earlier: it would compete with CRIU for processors and for the tasks' memory maps.
@@ -261,6 +272,7 @@ impl Hold {
         let mut left = Vec::new();
         let mut note = |what: &str, error: &dyn Error| left.push(format!("{what}: {error}"));
         // It has made nothing yet, and ends when nobody is there to let it go on.
+        self.moves = None;
         self.waiting = None;
         // The tasks first: without the daemon, what is missing of their memory reads as zero.
         if let Err(error) = self.home.kill(&wait) {

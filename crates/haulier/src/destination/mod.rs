@@ -4,6 +4,7 @@ mod arrival;
 mod check;
 mod hold;
 mod link;
+mod moves;
 mod receivers;
 mod registry;
 mod session;

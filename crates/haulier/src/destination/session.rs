@@ -10,7 +10,7 @@ use haulier_engine::destination::{Action, Destination, Event};
 use haulier_engine::journal::DestinationRecord;
 use haulier_engine::phase::Phase;
 use haulier_images::account::Account;
-use haulier_images::directory::{self, ImagesError};
+use haulier_images::directory::{self, ImageCount, ImagesError};
 use haulier_memory::lazy::FillStats;
 use haulier_memory::post::FaultClient;
 use haulier_memory::store::PageStore;
@@ -79,6 +79,8 @@ pub(super) struct Session<'a> {
     /// Pages that are to come after the commit.
     pub(super) left_behind: u64,
     failure: Option<Failure>,
+    /// The source has said that the target stands.
+    stands: bool,
     clock: Stopwatch,
 }
 
@@ -105,6 +107,7 @@ impl<'a> Session<'a> {
             images: 0,
             left_behind: 0,
             failure: None,
+            stands: false,
             clock: Stopwatch::new(),
         })
     }
@@ -221,8 +224,11 @@ impl<'a> Session<'a> {
                     self.check_stop()?;
                     // Nothing is due before the connections. A source that says something all the
                     // same, be it a commit, gets its refusal now and not after the deadline.
-                    if let Some(incoming) = self.heard() {
-                        return Err(self.out_of_turn(&incoming));
+                    // That the target stands may come before the last connection has been handed on.
+                    match self.heard() {
+                        Some(Incoming::Message(control::Body::Frozen(_))) => self.stands = true,
+                        Some(incoming) => return Err(self.out_of_turn(&incoming)),
+                        None => {}
                     }
                     if Instant::now() > deadline {
                         let what = "the source did not open its connections in time";
@@ -235,26 +241,54 @@ impl<'a> Session<'a> {
     }
 
     /// Receives the images, which come when the target is frozen, after rounds of whatever length.
-    fn receive_images(&mut self, mut channel: Channel) -> Result<(), Setback> {
-        let (Some(hold), Some(link)) = (&self.hold, &self.link) else {
+    fn receive_images(&mut self, channel: Channel) -> Result<(), Setback> {
+        let Some(mut hold) = self.hold.take() else {
             unreachable!("received before prepared")
+        };
+        let received = self.receive_into(&mut hold, channel);
+        self.hold = Some(hold);
+        self.images = received?.images;
+        // The steps before it are the source's, which measures them itself.
+        self.clock = Stopwatch::new();
+        Ok(())
+    }
+
+    /// Receives the images. Does meanwhile what may be done from the moment on that the target
+    /// stands, which the source tells.
+    fn receive_into(&self, hold: &mut Hold, mut channel: Channel) -> Result<ImageCount, Setback> {
+        let Some(link) = &self.link else {
+            unreachable!("received from a source that was never there")
         };
         let (account, wait) = (
             Account::new(self.shared.options.max_memory),
             link.transfer(),
         );
-        let (directory, store) = (hold.directory().path(), &self.store);
+        let (directory, store) = (hold.directory().path().to_owned(), &self.store);
         let patience = self.shared.options.step_time;
+        let mut word = None;
         let received = thread::scope(|scope| {
             let (done, is_done) = mpsc::channel::<()>();
             let receiver = scope.spawn(|| {
                 let _done = done;
-                directory::receive_into_account(directory, &account, &mut channel, &wait)
+                directory::receive_into_account(&directory, &account, &mut channel, &wait)
             });
             // A source that sends neither images nor pages any more is not waited for.
             let progress = || (store.received(), account.used());
             let (mut seen, mut since) = (progress(), Instant::now());
-            while let Err(RecvTimeoutError::Timeout) = is_done.recv_timeout(LOOK) {
+            loop {
+                let look = match word {
+                    Some(_) => LOOK,
+                    None => {
+                        word = self.hear_that_it_stands(hold);
+                        Duration::ZERO
+                    }
+                };
+                if let Some(Err(_)) = word {
+                    link.stop.cancel();
+                }
+                if is_done.recv_timeout(look) != Err(RecvTimeoutError::Timeout) {
+                    break;
+                }
                 if seen != progress() {
                     (seen, since) = (progress(), Instant::now());
                 }
@@ -265,11 +299,30 @@ impl<'a> Session<'a> {
             receiver.join()
         });
         let received = received.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        if let Some(Err(setback)) = word {
+            return Err(setback);
+        }
         let count = received.map_err(|e: ImagesError| self.here(Phase::Send, &e))?;
-        self.images = count.images;
-        // The steps before it are the source's, which measures them itself.
-        self.clock = Stopwatch::new();
-        Ok(())
+        // The images may have overtaken the word.
+        let deadline = Instant::now() + patience;
+        while word.is_none() && Instant::now() < deadline {
+            word = self.hear_that_it_stands(hold);
+        }
+        let what = "the source did not say that the target stands";
+        word.unwrap_or_else(|| Err(Setback::Here(self.failure(Phase::Send, what))))?;
+        Ok(count)
+    }
+
+    /// If the source says within a moment that the target stands: how it went to make use of that.
+    fn hear_that_it_stands(&self, hold: &mut Hold) -> Option<Result<(), Setback>> {
+        if !self.stands {
+            match self.link.as_ref()?.incoming.recv_timeout(LOOK).ok()? {
+                Incoming::Message(control::Body::Frozen(_)) => {}
+                other => return Some(Err(self.out_of_turn(&other))),
+            }
+        }
+        let done = hold.approach(self.shared);
+        Some(done.map_err(|e| self.here(Phase::Restore, &*e)))
     }
 
     fn restore(&mut self) -> Result<(), Setback> {

@@ -19,7 +19,7 @@ use haulier_engine::convergence::{Mode, OnStall};
 use haulier_engine::phase::Phase;
 use haulier_engine::source::{Action, Event, Source};
 use haulier_proto::id::MigrationId;
-use haulier_proto::message::{Begin, Commit, Offer, control};
+use haulier_proto::message::{Begin, Commit, Frozen, Offer, control};
 use haulier_targets::network::{Announcement, LockScope};
 use haulier_transport::tcp;
 use haulier_transport::wait::{Cancel, Wait};
@@ -387,7 +387,8 @@ impl<'a> Migration<'a> {
             }
         }
         self.report.here(&clock.take());
-        result.map_err(|e| self.setback(&*e))
+        result.map_err(|e| self.setback(&*e))?;
+        self.tell(control::Body::Frozen(Frozen {}))
     }
 
     fn step(&self) -> Wait {
