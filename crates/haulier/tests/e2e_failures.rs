@@ -355,6 +355,28 @@ fn a_destination_that_is_killed_during_the_rounds() {
 }
 
 #[test]
+fn a_criu_that_is_killed_while_it_waits_for_the_end_of_the_rounds_is_replaced() {
+    for host in [1, 2] {
+        let served = Served::set_slow();
+        let _server = served.stage.serve(2);
+        let (stage, pid) = (&served.stage, served.redis.pid());
+        let output = amid_rounds(&served, &[], |_| {
+            let killed = stage.host(host).kill_all_named("criu", Signal::KILL);
+            assert_eq!(killed.unwrap().len(), 1);
+            // The rest does not have to be slow.
+            stage.lab.shape(None).unwrap();
+        });
+        let text = output.stderr;
+        assert_eq!(output.status.code(), Some(0), "{text}");
+        assert!(stage.host(2).process_alive(pid), "{text}");
+        assert!(!stage.host(1).process_alive(pid), "{text}");
+        let seen = served.client.snapshot().operations;
+        served.client.wait_for_operations(seen + 500, LONG).unwrap();
+        served.client.stop().clean();
+    }
+}
+
+#[test]
 fn rounds_that_do_not_converge_and_may_not_be_forced() {
     let served = Served::set();
     let _server = served.stage.serve(2);
