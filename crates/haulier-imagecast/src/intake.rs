@@ -32,7 +32,6 @@ pub(crate) struct Violation(String);
 pub(crate) struct Intake {
     store: Arc<Store>,
     received: u64,
-    newest: u64,
     snapshots: HashMap<u64, Incoming>,
     images: HashMap<u32, Open>,
     banks: HashMap<ImageName, Bank>,
@@ -91,7 +90,6 @@ impl Intake {
         Intake {
             store,
             received: 0,
-            newest: 0,
             snapshots: HashMap::new(),
             images: HashMap::new(),
             banks: HashMap::new(),
@@ -168,7 +166,7 @@ impl Intake {
 
     fn begin(&mut self, begin: &Begin) -> Result<(), Trouble> {
         let target = ImageName::new(&begin.target).map_err(|e| violation(e.to_string()))?;
-        if begin.snapshot <= self.newest {
+        if self.snapshots.contains_key(&begin.snapshot) {
             return Err(violation(format!("snapshot {} again", begin.snapshot)));
         }
         if self.snapshots.len() >= MOST_SNAPSHOTS {
@@ -178,7 +176,6 @@ impl Intake {
         if self.snapshots.values().any(unfinished) {
             return Err(violation(format!("two dumps of {target} at once")));
         }
-        self.newest = begin.snapshot;
         let begun = self.store.begin(&target);
         let (key, refusal) = match begun {
             Ok(key) => (key, None),

@@ -26,5 +26,8 @@ mod sessions;
 mod store;
 mod stream;
 
+#[cfg(test)]
+mod tests;
+
 pub use local::LocalError;
 pub use store::StoreError;

@@ -152,7 +152,7 @@ pub struct Refused {
 /// The images of a dump follow.
 #[derive(Clone, PartialEq, Message)]
 pub struct Begin {
-    /// The snapshot: the proxy counts them up from 1.
+    /// The snapshot: any number that no snapshot under way has.
     #[prost(uint64, tag = "1")]
     pub snapshot: u64,
     /// Whose dump it is: a name that both sides were given.

@@ -82,7 +82,8 @@ impl Pool {
     /// Keeps contents.
     pub(crate) fn put(self: &Arc<Self>, bytes: &[u8]) -> Result<Blob, StoreError> {
         let length = bytes.len() as u64;
-        let place = if self.memory.charge(length + OVERHEAD).is_ok() {
+        let place = if self.has_memory_for(length) && self.memory.charge(length + OVERHEAD).is_ok()
+        {
             Place::Memory(bytes.into())
         } else {
             let spill = self.spill.as_ref().ok_or_else(|| self.full())?;
@@ -102,6 +103,13 @@ impl Pool {
             pool: Arc::clone(self),
             place,
         })
+    }
+
+    /// With a file to go to, contents leave a part of the memory to what is counted beside them:
+    /// it is needed for those in the file too.
+    fn has_memory_for(&self, bytes: u64) -> bool {
+        let limit = self.memory.limit();
+        self.spill.is_none() || self.memory.used() + bytes + OVERHEAD <= limit - limit / 4
     }
 
     fn full(&self) -> StoreError {
@@ -210,7 +218,7 @@ mod tests {
     #[test]
     fn what_memory_has_no_room_for_goes_to_the_file_up_to_its_limit() {
         let directory = tempfile::tempdir().unwrap();
-        let mut pool = Pool::new(100 + 2 * OVERHEAD);
+        let mut pool = Pool::new(2 * (100 + OVERHEAD));
         pool.spill_into(directory.path(), 150).unwrap();
         let pool = Arc::new(pool);
         let first = pool.put(&[1; 100]).unwrap();
