@@ -167,8 +167,10 @@ impl Preparing {
                     Action::SendPrepared,
                 ],
             ),
-            Event::Failed | Event::Aborted | Event::Disconnected | Event::Commit => refuse(),
-            Event::Restored | Event::Thawed | Event::Filled | Event::Lost => {
+            Event::Failed | Event::Aborted | Event::Disconnected => refuse(),
+            // A commit that comes first is of a migration that is not known here (any more): it may
+            // have run here. Nothing is known, and nothing is said.
+            Event::Commit | Event::Restored | Event::Thawed | Event::Filled | Event::Lost => {
                 (Destination::Preparing(self), Vec::new())
             }
         }

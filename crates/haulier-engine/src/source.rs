@@ -227,8 +227,13 @@ impl InDoubt {
             // A destination that has every page has resumed as well.
             Event::Complete => release(),
             Event::Lost => strand(),
-            // The destination has recorded its refusal: this is the only way back from here.
-            Event::Refused => roll_back(),
+            // The destination has recorded its refusal: this is the only way back from here. It is
+            // recorded here as well, so that nobody has to ask again, or takes what runs for frozen.
+            Event::Refused => {
+                let (state, mut actions) = roll_back();
+                actions.insert(0, Action::Record(SourceRecord::Returning));
+                (state, actions)
+            }
             Event::Disconnected => (Source::InDoubt(self), vec![Action::Reconnect]),
             Event::Reconnected => (Source::InDoubt(self), vec![Action::SendCommit]),
             // A deadline or Ctrl-C is no reason to thaw: the destination may be running it.
