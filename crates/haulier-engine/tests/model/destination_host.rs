@@ -17,6 +17,8 @@ pub(crate) enum DestinationStep {
     FailRecord { on_disk: bool },
     /// The session hears the next message.
     Hear,
+    /// The session takes in the pages that were left behind.
+    TakePages,
     /// Something that the session's machine is told.
     Happens(Event),
     /// Memory cannot be completed: the tasks are killed.
@@ -92,6 +94,13 @@ fn of_session(world: &World, session: &Session, steps: &mut Vec<DestinationStep>
     if world.destination.guard == Guard::Watching && fillable {
         steps.push(DestinationStep::Fill);
     }
+    let link = world
+        .connections
+        .iter()
+        .find(|link| link.destination == End::Session);
+    if link.is_some_and(|link| link.pages) {
+        steps.push(DestinationStep::TakePages);
+    }
     if let Some(action) = session.todo.front() {
         steps.push(DestinationStep::Perform);
         if matches!(action, Action::Record(_)) && world.faults.bad_records > 0 {
@@ -100,10 +109,6 @@ fn of_session(world: &World, session: &Session, steps: &mut Vec<DestinationStep>
         }
         return;
     }
-    let link = world
-        .connections
-        .iter()
-        .find(|link| link.destination == End::Session);
     let mut happens = |event| steps.push(DestinationStep::Happens(event));
     let undone = match session.machine {
         Destination::Preparing(_) => true,
@@ -183,6 +188,14 @@ pub(crate) fn take(world: &mut World, rules: &Rules, step: DestinationStep) {
         DestinationStep::Perform => perform(world),
         DestinationStep::FailRecord { on_disk } => fail_record(world, rules, on_disk),
         DestinationStep::Hear => hear(world, rules),
+        DestinationStep::TakePages => {
+            if let Some(link) = world.session_link() {
+                link.pages = false;
+            }
+            if let Some(session) = &mut world.destination.session {
+                session.has_pages = true;
+            }
+        }
         DestinationStep::Happens(event) => happens(world, rules, event),
         DestinationStep::FailFill => {
             world.faults.destination_failures -= 1;
@@ -315,10 +328,6 @@ fn hear(world: &mut World, rules: &Rules) {
         }
         There::Offer => {
             session.offered = true;
-            return;
-        }
-        There::Pages => {
-            session.has_pages = true;
             return;
         }
         // Of something that is not known here: it hangs up.

@@ -94,8 +94,8 @@ fn is_over(world: &World) -> bool {
 
 /// What waits for a person, and is announced to one.
 fn needs_a_person(world: &World) -> bool {
-    // Pages that nobody can read any more are waited for.
-    let pages = world.leaves_pages && (world.past.reader_lost || world.past.source_power);
+    // Pages that have gone with their host are waited for.
+    let pages = world.leaves_pages && world.past.source_power;
     // A source that asks after more than a week is not answered.
     pages || world.past.forgotten
 }

@@ -30,5 +30,5 @@ pub(crate) const RULES: Rules = Rules {
     fate: Fate::of_tasks,
     answer: recovery::answer,
     hangs_up: true,
-    recovery_reads_pages: false,
+    recovery_reads_pages: true,
 };

@@ -76,6 +76,12 @@ pub(crate) fn steps(world: &World, rules: &Rules, steps: &mut Vec<SourceStep>) {
         None if !world.destination.up => {}
         None => steps.push(SourceStep::Happens(Event::Disconnected)),
         Some(link) if link.is_broken() => steps.push(SourceStep::Happens(Event::Disconnected)),
+        // The serving of pages has broken with an earlier connection: it takes a new one.
+        Some(link)
+            if matches!(machine, Source::Serving(_)) && world.leaves_pages && !link.serves =>
+        {
+            steps.push(SourceStep::Happens(Event::Disconnected));
+        }
         Some(_) => {}
     }
     if world.faults.source_failures > 0 {
@@ -95,7 +101,7 @@ pub(crate) fn take(world: &mut World, rules: &Rules, step: SourceStep) {
                 world.close_source_end();
             }
             if event == Event::AllSent && world.leaves_pages {
-                world.say_there(There::Pages);
+                world.send_pages();
             }
             feed(world, rules, event);
         }
@@ -132,8 +138,6 @@ pub(crate) fn crash(world: &mut World) {
     if !world.source.confined && world.source.tasks == Tasks::Frozen {
         world.source.tasks = Tasks::Running;
     }
-    let records = world.source.journal.as_deref().unwrap_or_default();
-    world.past.reader_lost |= records.contains(&SourceRecord::InDoubt);
 }
 
 fn finishing(todo: VecDeque<Action>) -> SourceAgent {
@@ -141,6 +145,7 @@ fn finishing(todo: VecDeque<Action>) -> SourceAgent {
         machine: None,
         before: None,
         todo,
+        recovers: true,
         prepared: false,
         rejoins: true,
         reads_pages: false,
@@ -187,7 +192,7 @@ fn hear(world: &mut World, rules: &Rules) {
             return;
         }
         // What it says that it lacks is sent, if there is somebody who can read it.
-        Back::Missing if reads => return world.say_there(There::Pages),
+        Back::Missing if reads => return world.send_pages(),
         Back::Missing => return,
         Back::Held => Event::Held,
         Back::Resumed => Event::Resumed,
@@ -216,7 +221,12 @@ fn perform(world: &mut World, rules: &Rules) {
         Action::Kill => world.source.tasks.kill(),
         // The addresses go; the tasks stay as they are.
         Action::Depart => {}
-        Action::Serve if again => world.say_there(There::Rejoin),
+        Action::Serve if again => {
+            world.say_there(There::Rejoin);
+            if let Some(link) = world.source_link() {
+                link.serves = true;
+            }
+        }
         Action::Serve => agent.rejoins = true,
         Action::Reconnect => return reconnect(world, rules),
     }
@@ -245,6 +255,8 @@ fn reconnect(world: &mut World, rules: &Rules) {
         destination,
         cut: false,
         there: VecDeque::new(),
+        pages: false,
+        serves: false,
         back: VecDeque::new(),
     });
     feed(world, rules, Event::Reconnected);
@@ -261,20 +273,21 @@ fn fail_record(world: &mut World, rules: &Rules, on_disk: bool) {
             write(&mut world.source.journal, record);
         }
     }
-    match agent.machine {
-        // A recovery gives up, and is tried again.
-        None => world.source.agent = None,
-        Some(machine) if machine.is_final() => {}
-        Some(_) => {
-            agent.todo.clear();
-            agent.machine = agent.before.take();
-            let undo = matches!(
-                agent.machine,
-                Some(Source::Running(_) | Source::Frozen(_) | Source::Offered(_))
-            );
-            if undo {
-                feed(world, rules, Event::Failed);
-            }
-        }
+    // It is tried again by the next.
+    if agent.recovers {
+        world.source.agent = None;
+        return world.close_source_end();
+    }
+    if agent.machine.is_some_and(Source::is_final) {
+        return;
+    }
+    agent.todo.clear();
+    agent.machine = agent.before.take();
+    let undo = matches!(
+        agent.machine,
+        Some(Source::Running(_) | Source::Frozen(_) | Source::Offered(_))
+    );
+    if undo {
+        feed(world, rules, Event::Failed);
     }
 }

@@ -214,6 +214,15 @@ fn a_recovery_that_asks_nobody() {
 }
 
 #[test]
+fn a_recovery_that_brings_no_pages() {
+    let rules = Rules {
+        recovery_reads_pages: false,
+        ..RULES
+    };
+    assert_found(ENDS, rules, FEW);
+}
+
+#[test]
 fn a_recovery_that_thinks_that_what_was_lost_had_never_run() {
     fn destination(records: &[DestinationRecord], fate: Option<Fate>) -> DestinationRecovery {
         let fate = fate.map(|fate| match fate {

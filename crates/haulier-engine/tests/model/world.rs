@@ -48,6 +48,8 @@ pub(crate) struct SourceAgent {
     pub(crate) before: Option<Source>,
     /// What is left of the last list of actions.
     pub(crate) todo: VecDeque<source::Action>,
+    /// It has taken over from one that was killed, and gives up where it cannot go on.
+    pub(crate) recovers: bool,
     /// The destination is ready.
     pub(crate) prepared: bool,
     /// The next serving of pages is one over a new connection.
@@ -104,6 +106,10 @@ pub(crate) struct Connection {
     pub(crate) destination: End,
     pub(crate) cut: bool,
     pub(crate) there: VecDeque<There>,
+    /// Pages that were left behind are on their way, over connections of their own.
+    pub(crate) pages: bool,
+    /// Such connections belong to it, or are being asked for.
+    pub(crate) serves: bool,
     pub(crate) back: VecDeque<Back>,
 }
 
@@ -121,7 +127,6 @@ pub(crate) enum End {
 pub(crate) enum There {
     Begin,
     Offer,
-    Pages,
     Commit,
     Rejoin,
     Abort,
@@ -179,8 +184,6 @@ pub(crate) struct Past {
     pub(crate) server_failed: bool,
     /// The destination's journal has a record that was taken for one that failed.
     pub(crate) false_record: bool,
-    /// The agent that could read the pages was killed, or gave up, in doubt.
-    pub(crate) reader_lost: bool,
     /// The destination has forgotten.
     pub(crate) forgotten: bool,
 }
@@ -197,6 +200,7 @@ impl World {
                     machine: Some(Source::new()),
                     before: None,
                     todo: VecDeque::new(),
+                    recovers: false,
                     prepared: false,
                     rejoins: false,
                     reads_pages: true,
@@ -216,6 +220,8 @@ impl World {
                 destination: End::Session,
                 cut: false,
                 there: VecDeque::from([There::Begin]),
+                pages: false,
+                serves: false,
                 back: VecDeque::new(),
             }],
             leaves_pages,
@@ -239,6 +245,14 @@ impl World {
     pub(crate) fn say_there(&mut self, message: There) {
         if let Some(link) = self.source_link().filter(|link| !link.is_broken()) {
             link.there.push_back(message);
+        }
+    }
+
+    /// Sends what was left behind.
+    pub(crate) fn send_pages(&mut self) {
+        if let Some(link) = self.source_link().filter(|link| !link.is_broken()) {
+            link.pages = true;
+            link.serves = true;
         }
     }
 
@@ -286,6 +300,7 @@ impl Connection {
     pub(crate) fn close_destination(&mut self) {
         self.destination = End::Closed;
         self.there.clear();
+        self.pages = false;
     }
 }
 
