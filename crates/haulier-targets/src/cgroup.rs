@@ -188,6 +188,16 @@ impl Cgroup {
         Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
     }
 
+    /// Whether any process is in it, or in a cgroup below it.
+    ///
+    /// # Errors
+    /// See [`CgroupError`].
+    pub fn is_populated(&self) -> Result<bool, CgroupError> {
+        let path = self.path.join("cgroup.events");
+        let text = fs::read_to_string(&path).map_err(|e| failed("read", &path, e))?;
+        Ok(text.lines().any(|line| line == "populated 1"))
+    }
+
     /// Freezes it and waits until no task in it runs.
     ///
     /// # Errors

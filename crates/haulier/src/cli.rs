@@ -4,17 +4,16 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use haulier::recovery::Verdict;
+use clap::{Args, Parser, Subcommand};
 use haulier::{destination, source};
 use haulier_engine::convergence::{Mode, OnStall, Policy, PolicyKind};
 use haulier_memory::stream::Compression;
 use haulier_memory::tracker::TrackerChoice;
-use haulier_proto::id::MigrationId;
 use haulier_targets::host;
 use haulier_targets::network::MoveIp;
 
 use crate::images_cli::{ImageCache, ImageProxy};
+use crate::settling::{Cancel, Recover, Resolve, StatusArguments};
 
 /// Live migration of running processes between Linux hosts
 ///
@@ -34,6 +33,9 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     Migrate(Migrate),
     Serve(Serve),
+    Status(StatusArguments),
+    Recover(Recover),
+    Cancel(Cancel),
     Resolve(Resolve),
     ImageProxy(ImageProxy),
     ImageCache(ImageCache),
@@ -158,36 +160,6 @@ pub(crate) struct Serve {
     max_memory: Option<ByteSize>,
 }
 
-/// Settle a migration whose destination fell silent after the commit
-///
-/// Its process stands frozen here, since it may be running there. Only who knows whether it does
-/// can say how it goes on.
-#[derive(Debug, Args)]
-pub(crate) struct Resolve {
-    /// The migration, as "haulier migrate" named it
-    pub(crate) id: MigrationId,
-    /// Where it is to run
-    pub(crate) place: Place,
-}
-
-/// Where a process in doubt is to run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Place {
-    /// Here: it surely does not run at the destination and never will
-    Here,
-    /// There: it does run at the destination; remove it here
-    There,
-}
-
-impl From<Place> for Verdict {
-    fn from(place: Place) -> Verdict {
-        match place {
-            Place::Here => Verdict::Here,
-            Place::There => Verdict::There,
-        }
-    }
-}
-
 impl Migrate {
     /// What the library is asked for.
     pub(crate) fn options(&self) -> source::Options {
@@ -292,5 +264,18 @@ mod tests {
         assert!(migrate(&["7", "a:1", "--mode", "hybrid", "--max-time", "5m"]).is_ok());
         assert!(migrate(&["7", "a:1", "--mode", "hybird"]).is_err());
         assert!(migrate(&["7", "a:1", "--max-downtime", "300"]).is_err());
+    }
+
+    #[test]
+    fn a_word_is_one_and_only_one() {
+        let resolve = |arguments: &[&str]| {
+            let all = ["haulier", "resolve", "0123456789abcdef"];
+            Cli::try_parse_from(all.iter().chain(arguments)).map(drop)
+        };
+        assert!(resolve(&["--run-here"]).is_ok());
+        assert!(resolve(&["--discard"]).is_ok());
+        assert!(resolve(&[]).is_err());
+        assert!(resolve(&["--run-here", "--discard"]).is_err());
+        assert!(resolve(&["here"]).is_err());
     }
 }

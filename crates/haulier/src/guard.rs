@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use haulier_engine::recovery::Fate;
 use haulier_memory::lazy::guard::{self, Outcome};
 use haulier_proto::id::MigrationId;
 use rustix::fs::{FlockOperation, flock};
@@ -21,18 +22,6 @@ use crate::directories::state_directory;
 const END_TIME: Duration = Duration::from_secs(20);
 /// How often it is looked whether it has ended.
 const LOOK: Duration = Duration::from_millis(5);
-
-/// What became of the tasks, as their guard saw it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate {
-    /// Every page is in its place.
-    Complete,
-    /// The tasks were killed, and had never run here: they stood in a frozen cgroup.
-    NeverRan,
-    /// The tasks were killed with pages missing, and may have run; or the guard itself was killed,
-    /// and what is left of them must not be trusted.
-    Lost,
-}
 
 /// Where the guard of a migration leaves its verdict. It goes with the journal's folder.
 pub fn verdict_file(id: MigrationId) -> PathBuf {
@@ -62,7 +51,7 @@ pub fn run(cgroup: &Path, verdict: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What became of a target, once its guard has ended.
+/// What became of a target, once its guard has ended, as the guard saw it.
 ///
 /// # Errors
 /// [`io::ErrorKind::TimedOut`] if it does not end; else if its verdict cannot be read.

@@ -1,56 +1,31 @@
 //! The journal of a migration on this host: what was decided and what was taken, on disk before it
 //! takes effect.
 //!
-//! Lines of text in `/var/lib/haulier/<id>/journal`: `<side> is <record>` for a step of the
-//! hand-over, `<side> has <kind> <value>` for something that is to be given back. Whoever works on
-//! a migration holds a lock on its journal, so that nobody recovers what is still alive.
+//! A file `/var/lib/haulier/<id>/journal`, of which [`lines`] has the format. Whoever works on a
+//! migration holds a lock on it, so that nobody recovers what is still alive.
+
+mod lines;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use haulier_engine::journal::{DestinationRecord, SourceRecord};
-use haulier_proto::id::{MigrationId, Secret};
+use haulier_proto::id::MigrationId;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
+pub use haulier_engine::recovery::Decision;
+
+pub use self::lines::{Contents, Damage, Entry, Holding, Side};
 use crate::directories::{STATE, state_directory};
 use crate::guard;
 
 /// How long a recovery may hold the lock of a journal that has just been created.
 const GLANCE: Duration = Duration::from_secs(5);
-
-/// Which of the two hosts of a migration this is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Side {
-    /// Where the target comes from.
-    Source,
-    /// Where it goes to.
-    Destination,
-}
-
-/// Something that a migration has on this host.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Holding {
-    /// A cgroup, by its path.
-    Cgroup(PathBuf),
-    /// An address that moves, as `10.0.0.5/24@eth0`: added here by the destination, removed here by
-    /// the source once the target is gone.
-    Address(String),
-    /// Where CPU time may be taken from the target.
-    Throttle(PathBuf),
-    /// The destination: whoever takes the migration over asks it, with the secret that the
-    /// migration's connections share.
-    Peer {
-        /// `host:port`.
-        address: String,
-        /// Shown in every greeting.
-        secret: Secret,
-    },
-}
 
 /// The journal of one migration, open for appending and locked.
 #[derive(Debug)]
@@ -59,27 +34,11 @@ pub struct Journal {
     side: Side,
     folder: PathBuf,
     file: File,
-}
-
-/// What a journal says.
-#[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Contents {
-    lines: Vec<String>,
-}
-
-/// What the destination decided about a migration, as far as its journal says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Decision {
-    /// The target is to run on this host.
-    Committed,
-    /// It does, with all of its memory.
-    Done,
-    /// It was to, and was lost.
-    Lost,
-    /// It is not, or was killed before it did.
-    Refused,
-    /// Nothing was decided yet.
-    Open,
+    contents: Contents,
+    /// Bytes of the file that are whole.
+    length: u64,
+    /// More than those may be in the file, of an entry that failed.
+    is_torn: bool,
 }
 
 impl Journal {
@@ -106,6 +65,9 @@ impl Journal {
             side,
             folder,
             file,
+            contents: Contents::default(),
+            length: 0,
+            is_torn: false,
         };
         journal.lock_new()?;
         File::open(&journal.folder)?.sync_all()?;
@@ -134,15 +96,22 @@ impl Journal {
             side,
             folder,
             file,
+            contents: Contents::default(),
+            length: 0,
+            is_torn: false,
         };
         match journal.lock() {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(error) => return Err(error),
         }
-        let mut text = String::new();
-        journal.file.read_to_string(&mut text)?;
-        Ok(Some((journal, Contents::parse(&text))))
+        let mut bytes = Vec::new();
+        journal.file.read_to_end(&mut bytes)?;
+        let parsed = lines::parse(&bytes).map_err(damaged)?;
+        journal.length = parsed.whole as u64;
+        journal.is_torn = parsed.whole < bytes.len();
+        journal.contents = parsed.contents.clone();
+        Ok(Some((journal, parsed.contents)))
     }
 
     /// Appends a record of the source and waits until it is on disk.
@@ -150,7 +119,7 @@ impl Journal {
     /// # Errors
     /// If it is not; then it must not take effect.
     pub fn source(&mut self, record: SourceRecord) -> io::Result<()> {
-        self.append(&format!("is {record:?}"))
+        self.append(Entry::Source(record))
     }
 
     /// Appends a record of the destination and waits until it is on disk.
@@ -158,7 +127,7 @@ impl Journal {
     /// # Errors
     /// If it is not; then it must not take effect.
     pub fn destination(&mut self, record: DestinationRecord) -> io::Result<()> {
-        self.append(&format!("is {record:?}"))
+        self.append(Entry::Destination(record))
     }
 
     /// Notes what is about to be taken, and waits until that is on disk.
@@ -166,14 +135,18 @@ impl Journal {
     /// # Errors
     /// If it is not; then it must not be taken.
     pub fn hold(&mut self, holding: &Holding) -> io::Result<()> {
-        match holding {
-            Holding::Cgroup(path) => self.append(&format!("has cgroup {}", path.display())),
-            Holding::Address(address) => self.append(&format!("has address {address}")),
-            Holding::Throttle(path) => self.append(&format!("has throttle {}", path.display())),
-            Holding::Peer { address, secret } => {
-                self.append(&format!("has peer {} {address}", secret.to_hex()))
-            }
-        }
+        self.append(Entry::Holding(self.side, holding.clone()))
+    }
+
+    /// What it says by now.
+    pub fn contents(&self) -> &Contents {
+        &self.contents
+    }
+
+    /// Whether a person waits for the lock, to settle the migration. What only asks for the
+    /// destination's answer gives way.
+    pub fn is_wanted(&self) -> bool {
+        wish_of(self.id).exists()
     }
 
     /// The migration.
@@ -185,14 +158,34 @@ impl Journal {
     pub fn remove(self) {
         let _ = fs::remove_file(self.folder.join("journal"));
         let _ = fs::remove_file(guard::verdict_file(self.id));
+        let _ = fs::remove_file(wish_of(self.id));
         // Kept logs keep the folder.
         let _ = fs::remove_dir(&self.folder);
     }
 
-    fn append(&mut self, text: &str) -> io::Result<()> {
-        let side = self.side.word();
-        self.file.write_all(format!("{side} {text}\n").as_bytes())?;
-        self.file.sync_data()
+    fn append(&mut self, entry: Entry) -> io::Result<()> {
+        let text = entry.text();
+        if text.contains('\n') {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let lines = lines::lines(self.length, &text);
+        if self.is_torn {
+            self.file.set_len(self.length)?;
+            self.is_torn = false;
+        }
+        let written = self.file.write_all(lines.as_bytes());
+        match written.and_then(|()| self.file.sync_data()) {
+            Ok(()) => {
+                self.length += lines.len() as u64;
+                self.contents.push(entry);
+                Ok(())
+            }
+            Err(error) => {
+                // Nobody is to read as done what was not done.
+                self.is_torn = self.file.set_len(self.length).is_err();
+                Err(error)
+            }
+        }
     }
 
     /// A recovery that looks between the creation and the lock finds it empty and lets go of it.
@@ -215,90 +208,35 @@ impl Journal {
     }
 }
 
-impl Side {
-    fn word(self) -> &'static str {
-        match self {
-            Side::Source => "source",
-            Side::Destination => "destination",
-        }
+/// A person's wish for the lock of a journal, as long as it exists.
+#[derive(Debug)]
+pub struct Wanted(PathBuf);
+
+impl Wanted {
+    /// Makes the wish known.
+    ///
+    /// # Errors
+    /// If it cannot be written beside the journal.
+    pub fn want(id: MigrationId) -> io::Result<Wanted> {
+        let path = wish_of(id);
+        OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&path)?;
+        Ok(Wanted(path))
     }
 }
 
-impl Contents {
-    fn parse(text: &str) -> Contents {
-        // A line without its end was cut by a crash: what it records has not taken effect.
-        let whole = text
-            .split_inclusive('\n')
-            .filter_map(|line| line.strip_suffix('\n'));
-        Contents {
-            lines: whole.map(str::to_owned).collect(),
-        }
+impl Drop for Wanted {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
     }
+}
 
-    /// Whether this host was the given side of the migration.
-    pub fn is_of(&self, side: Side) -> bool {
-        let word = side.word();
-        self.lines
-            .iter()
-            .any(|line| line.split(' ').next() == Some(word))
-    }
-
-    /// Whether the source recorded a step.
-    pub fn has_source(&self, record: SourceRecord) -> bool {
-        self.has(Side::Source, &format!("is {record:?}"))
-    }
-
-    /// Whether the destination recorded a step.
-    pub fn has_destination(&self, record: DestinationRecord) -> bool {
-        self.has(Side::Destination, &format!("is {record:?}"))
-    }
-
-    /// What was taken on this host as the given side, in order.
-    pub fn holdings(&self, side: Side) -> Vec<Holding> {
-        let prefix = format!("{} has ", side.word());
-        let texts = self
-            .lines
-            .iter()
-            .filter_map(|line| line.strip_prefix(&prefix));
-        texts
-            .filter_map(|text| match text.split_once(' ')? {
-                ("cgroup", path) => Some(Holding::Cgroup(PathBuf::from(path))),
-                ("address", address) => Some(Holding::Address(address.to_owned())),
-                ("throttle", path) => Some(Holding::Throttle(PathBuf::from(path))),
-                ("peer", peer) => {
-                    let (secret, address) = peer.split_once(' ')?;
-                    Some(Holding::Peer {
-                        address: address.to_owned(),
-                        secret: Secret::from_hex(secret)?,
-                    })
-                }
-                _ => None,
-            })
-            .collect()
-    }
-
-    /// What the destination decided.
-    pub fn decision(&self) -> Decision {
-        // The latest word first: after the decision to run it come its end, or its loss.
-        if self.has_destination(DestinationRecord::Lost) {
-            Decision::Lost
-        } else if self.has_destination(DestinationRecord::Withdrawn) {
-            Decision::Refused
-        } else if self.has_destination(DestinationRecord::Done) {
-            Decision::Done
-        } else if self.has_destination(DestinationRecord::Committed) {
-            Decision::Committed
-        } else if self.has_destination(DestinationRecord::Refused) {
-            Decision::Refused
-        } else {
-            Decision::Open
-        }
-    }
-
-    fn has(&self, side: Side, text: &str) -> bool {
-        let line = format!("{} {text}", side.word());
-        self.lines.contains(&line)
-    }
+fn wish_of(id: MigrationId) -> PathBuf {
+    state_directory(id).join("wanted")
 }
 
 /// Reads what this host, as the destination, decided about a migration; `None` if it has no
@@ -307,8 +245,7 @@ impl Contents {
 /// # Errors
 /// If there is one that cannot be read.
 pub fn decision(id: MigrationId) -> io::Result<Option<Decision>> {
-    let contents = read(&state_directory(id))?;
-    Ok(contents
+    Ok(read(id)?
         .filter(|contents| contents.is_of(Side::Destination))
         .map(|c| c.decision()))
 }
@@ -329,12 +266,70 @@ pub fn all() -> Vec<MigrationId> {
         .collect()
 }
 
-fn read(folder: &Path) -> io::Result<Option<Contents>> {
-    match fs::read_to_string(folder.join("journal")) {
-        Ok(text) => Ok(Some(Contents::parse(&text))),
+/// What the journal of a migration says at this moment; `None` if there is none.
+///
+/// # Errors
+/// If there is one that cannot be read; [`Damage`] is the reason if it is damaged.
+pub fn read(id: MigrationId) -> io::Result<Option<Contents>> {
+    match fs::read(file_of(id)) {
+        Ok(bytes) => parse(&bytes).map(Some),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// What the bytes of a journal say.
+///
+/// # Errors
+/// [`Damage`], as the source of the error.
+pub(crate) fn parse(bytes: &[u8]) -> io::Result<Contents> {
+    Ok(lines::parse(bytes).map_err(damaged)?.contents)
+}
+
+/// The lines that a journal of so many bytes gets for one more entry: for tests and tools that have
+/// to write one by hand.
+pub fn lines_for(before: u64, entry: &Entry) -> String {
+    lines::lines(before, &entry.text())
+}
+
+/// The process that works on a migration, as the kernel knows the holder of its lock; `None` if
+/// nobody does, or the kernel does not tell.
+pub fn worker(id: MigrationId) -> Option<i32> {
+    let journal = fs::metadata(file_of(id)).ok()?;
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    let mut pids = locks
+        .lines()
+        .filter_map(|line| lock_holder(line, journal.ino()));
+    // Of files on other file systems some have the same number.
+    pids.find(|pid| has_open(*pid, &journal))
+}
+
+/// The file of a journal.
+pub fn file_of(id: MigrationId) -> PathBuf {
+    state_directory(id).join("journal")
+}
+
+/// `1: FLOCK  ADVISORY  WRITE 708 08:01:393217 0 EOF`: the process number, if it is of that file.
+fn lock_holder(line: &str, inode: u64) -> Option<i32> {
+    let mut words = line.split_ascii_whitespace().skip(1);
+    if (words.next()?, words.next()?, words.next()?) != ("FLOCK", "ADVISORY", "WRITE") {
+        return None;
+    }
+    let pid = words.next()?.parse().ok()?;
+    let of = words.next()?.rsplit(':').next()?.parse::<u64>().ok()?;
+    (of == inode).then_some(pid)
+}
+
+fn has_open(pid: i32, file: &fs::Metadata) -> bool {
+    let open = fs::read_dir(Path::new("/proc").join(pid.to_string()).join("fd"));
+    open.into_iter().flatten().flatten().any(|entry| {
+        fs::metadata(entry.path())
+            .is_ok_and(|open| (open.dev(), open.ino()) == (file.dev(), file.ino()))
+    })
+}
+
+fn damaged(damage: Damage) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, damage)
 }
 
 #[cfg(test)]
@@ -342,65 +337,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_whole_records_of_the_destination_decide() {
-        for (text, expected) in [
-            ("", Decision::Open),
-            ("destination is Receiving\n", Decision::Open),
-            (
-                "source is Released\ndestination is Receiving\n",
-                Decision::Open,
-            ),
-            (
-                "destination is Receiving\ndestination is Committed\n",
-                Decision::Committed,
-            ),
-            (
-                "destination is Receiving\ndestination is Refused\n",
-                Decision::Refused,
-            ),
-            (
-                "destination is Receiving\ndestination is Committed",
-                Decision::Open,
-            ),
-            (
-                "destination is Committed\ndestination is Done\n",
-                Decision::Done,
-            ),
-            (
-                "destination is Committed\ndestination is Lost\n",
-                Decision::Lost,
-            ),
-            (
-                "destination is Committed\ndestination is Withdrawn\n",
-                Decision::Refused,
-            ),
+    fn the_kernel_tells_who_holds_a_lock() {
+        let line = "3: FLOCK  ADVISORY  WRITE 708 08:01:393217 0 EOF";
+        assert_eq!(lock_holder(line, 393_217), Some(708));
+        assert_eq!(lock_holder(line, 393_218), None);
+        for other in [
+            "3: -> FLOCK  ADVISORY  WRITE 708 08:01:393217 0 EOF",
+            "3: FLOCK  ADVISORY  READ 708 08:01:393217 0 EOF",
+            "3: POSIX  ADVISORY  WRITE 708 08:01:393217 0 EOF",
+            "",
         ] {
-            assert_eq!(Contents::parse(text).decision(), expected, "{text}");
+            assert_eq!(lock_holder(other, 393_217), None, "{other}");
         }
-        let folder = tempfile::tempdir().unwrap();
-        assert_eq!(read(folder.path()).unwrap(), None);
-    }
-
-    #[test]
-    fn holdings_are_told_by_side() {
-        let text =
-            "source has cgroup /sys/fs/cgroup/a b\ndestination has address 10.0.0.5/24@eth0\n";
-        let contents = Contents::parse(text);
-        assert_eq!(
-            contents.holdings(Side::Source),
-            [Holding::Cgroup(PathBuf::from("/sys/fs/cgroup/a b"))]
-        );
-        assert_eq!(
-            contents.holdings(Side::Destination),
-            [Holding::Address("10.0.0.5/24@eth0".to_owned())]
-        );
-        let secret = Secret::from_random([0xa7; 32]);
-        let text = format!("source has peer {} [::1]:7000\n", secret.to_hex());
-        let address = "[::1]:7000".to_owned();
-        assert_eq!(
-            Contents::parse(&text).holdings(Side::Source),
-            [Holding::Peer { address, secret }]
-        );
-        assert!(contents.is_of(Side::Source) && contents.is_of(Side::Destination));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let about = file.as_file().metadata().unwrap();
+        assert!(has_open(std::process::id() as i32, &about));
+        drop(file);
+        assert!(!has_open(std::process::id() as i32, &about));
     }
 }

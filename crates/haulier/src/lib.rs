@@ -4,6 +4,7 @@
 //! things, and what is undone when one fails, is in those two modules; the decision who may run the
 //! target is in `haulier_engine`; everything below is a crate of its own (see ARCHITECTURE.md).
 
+pub mod cancel;
 mod commands;
 pub mod destination;
 pub mod directories;
@@ -16,6 +17,7 @@ mod random;
 pub mod recovery;
 pub mod report;
 pub mod source;
+pub mod status;
 pub mod timeline;
 
 /// Program and version, as the peer is told.

@@ -2,6 +2,7 @@
 
 mod cli;
 mod images_cli;
+mod settling;
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -10,13 +11,12 @@ use clap::Parser;
 use haulier::interrupt::cancel_on_signals;
 use haulier::report::Lines;
 use haulier::source::Outcome;
-use haulier::{destination, guard, recovery, source};
-use haulier_targets::cgroup::CgroupFs;
+use haulier::{destination, guard, source};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::cli::{Cli, Command, Migrate, Place, Resolve, Serve};
+use crate::cli::{Cli, Command, Migrate, Serve};
 
 /// Exit codes of `haulier migrate`; 2 is bad usage, and clap's.
 const MOVED: u8 = 0;
@@ -39,9 +39,12 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Migrate(arguments) => migrate(arguments),
         Command::Serve(arguments) => serve(arguments).map(|()| MOVED),
-        Command::Resolve(arguments) => resolve(arguments).map(|()| MOVED),
         Command::ImageProxy(arguments) => images_cli::image_proxy(arguments).map(|()| MOVED),
         Command::ImageCache(arguments) => images_cli::image_cache(arguments).map(|()| MOVED),
+        Command::Status(arguments) => settling::status(arguments),
+        Command::Recover(arguments) => settling::recover(arguments),
+        Command::Cancel(arguments) => settling::cancel(arguments),
+        Command::Resolve(arguments) => settling::resolve(arguments),
         Command::Guard(arguments) => {
             guard::run(&arguments.cgroup, &arguments.verdict).map(|()| MOVED)
         }
@@ -127,9 +130,9 @@ fn stranded(id: &str, pid: i32, failure: &str) -> String {
     format!(
         "haulier: process {pid} is lost at the destination; as it was frozen it stands here\n  \
          {failure}\n  \
-         what to do: let it run on here from where it was frozen: haulier resolve {id} here\n  \
+         what to do: let it run on here from where it was frozen: haulier resolve {id} --run-here\n  \
          What it did at the destination since then is lost; its clients may have been told of it.\n  \
-         Or give it up: haulier resolve {id} there"
+         Or give it up: haulier resolve {id} --discard"
     )
 }
 
@@ -140,20 +143,12 @@ fn in_doubt(id: &str, options: &source::Options, failure: &str) -> String {
     format!(
         "haulier: process {pid} stands frozen here, and may be running at {destination}\n  \
          {failure}\n  \
-         what to do: find out whether it runs there: /var/lib/haulier/{id}/journal there says \
-         Committed.\n  \
-         If it does, remove it here: haulier resolve {id} there\n  \
-         If it surely does not and never will, let it run on here: haulier resolve {id} here"
+         what to do: start haulier serve here, which goes on asking, or ask once: haulier recover\n  \
+         If the destination will never answer, find out whether it runs there: haulier status {id} \
+         there says so.\n  \
+         If it does, remove it here: haulier resolve {id} --discard\n  \
+         If it surely does not and never will, let it run on here: haulier resolve {id} --run-here"
     )
-}
-
-fn resolve(arguments: &Resolve) -> anyhow::Result<()> {
-    recovery::resolve(arguments.id, arguments.place.into(), &CgroupFs::find()?)?;
-    match arguments.place {
-        Place::Here => println!("settled: it runs on here"),
-        Place::There => println!("settled: it is removed here and runs there"),
-    }
-    Ok(())
 }
 
 fn serve(arguments: &Serve) -> anyhow::Result<()> {

@@ -5,64 +5,98 @@
 //! guard saw it. A source in doubt asks the other host ([`ask`]), or a person knows, who says so with
 //! [`resolve`].
 
-use anyhow::Context;
-use haulier_engine::journal::{DestinationRecord, SourceRecord};
+use haulier_engine::destination::Action as DestinationAction;
+use haulier_engine::journal::SourceRecord;
+use haulier_engine::recovery::{self as rule, DestinationRecovery, SourceRecovery};
+use haulier_engine::source::Action as SourceAction;
 use haulier_proto::id::MigrationId;
 use haulier_sys::wait::{Cancel, Wait};
 use haulier_targets::cgroup::{Cgroup, CgroupFs, Throttle};
 use haulier_targets::network::{self, Announcement, MoveIp};
 use std::fs;
 use std::io;
-use std::time::{Duration, SystemTime};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+use thiserror::Error;
 use tracing::{info, warn};
 
-use crate::directories::{remove_image_directories, state_directory};
-use crate::guard::{self, Fate};
-use crate::journal::{self, Contents, Decision, Holding, Journal, Side};
+pub use haulier_engine::recovery::Verdict;
+
+use crate::directories::remove_image_directories;
+use crate::guard;
+use crate::journal::{self, Contents, Holding, Journal, Side, Wanted};
 use crate::source::again::{Asking, Settled, Unsettled};
 
 /// How long tasks may take to die.
 const KILL_TIME: Duration = Duration::from_secs(30);
+/// How long whoever asks in the background may take to give way to a person.
+const YIELD_TIME: Duration = Duration::from_secs(15);
+/// How old a journal is that says nothing and is not about to.
+const FORGET_EMPTY: Duration = Duration::from_secs(60);
 /// How long a settled journal is kept, for a source that asks late.
 const KEEP_SETTLED: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// A person's word on a target that stands frozen on its source, in doubt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
-    /// The destination does not run it and never will: it runs on here.
-    Here,
-    /// The destination runs it: what stands here is removed.
-    There,
-}
-
-/// Settles a migration of which this host is the source, and whose destination fell silent after
-/// the commit.
+/// Settles a migration of which this host is the source by a person's word. Whoever still asks its
+/// destination in the background gives way.
 ///
 /// # Errors
-/// If this host is not in doubt about that migration, or its journal fails.
-pub fn resolve(id: MigrationId, verdict: Verdict, cgroups: &CgroupFs) -> anyhow::Result<()> {
-    let name = state_directory(id).join("journal");
-    let taken = Journal::take_over(id, Side::Source)
-        .with_context(|| format!("reading {}", name.display()))?;
-    let Some((mut journal, contents)) = taken else {
-        anyhow::bail!(
-            "there is no {}, or a haulier works on that migration at this moment",
-            name.display()
-        );
-    };
-    let settled = contents.has_source(SourceRecord::Released)
-        || contents.has_source(SourceRecord::RolledBack);
-    if settled || !contents.has_source(SourceRecord::InDoubt) {
-        anyhow::bail!("this host is not in doubt about migration {id}; nothing was changed");
+/// If this host does not wait for a person's word on that migration, or its journal fails.
+pub fn resolve(id: MigrationId, verdict: Verdict, cgroups: &CgroupFs) -> Result<(), ResolveError> {
+    let mut journal = take_over_for_a_person(id)?;
+    let actions = rule::resolve(&journal.contents().source_records(), verdict)
+        .ok_or(ResolveError::NotInDoubt(id))?;
+    if !journal.contents().is_of(Side::Source) {
+        return Err(ResolveError::NotInDoubt(id));
     }
-    match verdict {
-        Verdict::Here => run_on(journal, &contents, cgroups)?,
-        Verdict::There => {
-            journal.source(SourceRecord::Released)?;
-            remove_moved(journal, &contents, cgroups)?;
+    // The word; what follows from it is what any recovery does that finds it.
+    for action in actions {
+        if let SourceAction::Record(record) = action {
+            journal.source(record).map_err(ResolveError::Journal)?;
+            break;
         }
     }
-    Ok(())
+    finish(journal, cgroups).map_err(ResolveError::Journal)
+}
+
+/// Why a person's word did not settle a migration.
+#[derive(Debug, Error)]
+pub enum ResolveError {
+    /// There is nothing to settle.
+    #[error("this host does not wait for a word on migration {0}; nothing was changed")]
+    NotInDoubt(MigrationId),
+    /// It has no journal.
+    #[error("there is no {0}; nothing was changed")]
+    Unknown(String),
+    /// Its lock is held.
+    #[error("{0} works on that migration at this moment; nothing was changed")]
+    UnderWay(String),
+    /// Reading or writing the journal failed, or doing what follows from it.
+    #[error("settling it")]
+    Journal(#[source] io::Error),
+}
+
+fn take_over_for_a_person(id: MigrationId) -> Result<Journal, ResolveError> {
+    let name = journal::file_of(id);
+    if !name.exists() {
+        return Err(ResolveError::Unknown(name.display().to_string()));
+    }
+    let deadline = Instant::now() + YIELD_TIME;
+    let _wanted = Wanted::want(id).map_err(ResolveError::Journal)?;
+    loop {
+        let taken = Journal::take_over(id, Side::Source).map_err(ResolveError::Journal)?;
+        if let Some((journal, _)) = taken {
+            return Ok(journal);
+        }
+        if Instant::now() > deadline {
+            let who = journal::worker(id);
+            let who = who.map_or_else(
+                || "another haulier".to_owned(),
+                |pid| format!("the haulier with process number {pid}"),
+            );
+            return Err(ResolveError::UnderWay(who));
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Finishes or undoes what a destination of a migration left here, if nobody works on it.
@@ -101,7 +135,7 @@ pub fn ask(unsettled: Unsettled, cgroups: &CgroupFs, how: &Asking, stop: &Cancel
         }
         Ok(Settled::Unanswered(reason)) => warn!(
             "a target stands frozen here, in doubt ({reason}), until its destination answers or \
-             somebody settles it: haulier resolve {id} here, or there"
+             somebody settles it: haulier resolve {id} --run-here, or --discard"
         ),
         Err(error) => warn!(%id, %error, "recovering"),
     }
@@ -129,52 +163,75 @@ fn recover(id: MigrationId, side: Side, cgroups: &CgroupFs) -> io::Result<Option
     let Some((journal, contents)) = Journal::take_over(id, side)? else {
         return Ok(None);
     };
+    // Of a haulier that was killed as soon as it had begun.
+    if contents.is_empty() && age_of(id) > FORGET_EMPTY {
+        journal.remove();
+        return Ok(None);
+    }
     if !contents.is_of(side) {
         return Ok(None);
     }
     match side {
-        Side::Source => recover_source(journal, contents, cgroups),
+        Side::Source => recover_source(journal, cgroups),
         Side::Destination => recover_destination(journal, &contents, cgroups).map(|()| None),
     }
 }
 
-fn recover_source(
-    journal: Journal,
-    contents: Contents,
-    cgroups: &CgroupFs,
-) -> io::Result<Option<Unsettled>> {
-    let id = journal.id();
-    end_throttle(&contents);
-    if contents.has_source(SourceRecord::RolledBack) {
-        journal.remove();
-    } else if contents.has_source(SourceRecord::Released) {
-        info!(%id, "removing what moved away");
-        remove_moved(journal, &contents, cgroups)?;
-    } else if contents.has_source(SourceRecord::Stranded) {
-        warn!("{}", stranded(id));
-    } else if contents.has_source(SourceRecord::InDoubt) {
-        return Ok(Some(Unsettled::new(journal, contents)));
-    } else {
-        info!(%id, "letting the target run on here");
-        run_on(journal, &contents, cgroups)?;
+fn recover_source(journal: Journal, cgroups: &CgroupFs) -> io::Result<Option<Unsettled>> {
+    end_throttle(journal.contents());
+    match rule::source(&journal.contents().source_records()) {
+        SourceRecovery::Finish(_) => finish(journal, cgroups).map(|()| None),
+        SourceRecovery::Ask(machine) => Ok(Some(Unsettled::new(journal, machine))),
+        SourceRecovery::Person => {
+            warn!("{}", stranded(journal.id()));
+            Ok(None)
+        }
     }
-    Ok(None)
+}
+
+/// Does what the journal of a source says is left to be done, if it alone decides; then nothing is
+/// left of the migration on this host.
+pub(crate) fn finish(mut journal: Journal, cgroups: &CgroupFs) -> io::Result<()> {
+    let id = journal.id();
+    let actions = match rule::source(&journal.contents().source_records()) {
+        SourceRecovery::Finish(actions) => actions,
+        SourceRecovery::Ask(_) | SourceRecovery::Person => return Ok(()),
+    };
+    for action in actions {
+        match action {
+            SourceAction::Record(record) => journal.source(record)?,
+            SourceAction::Thaw => {
+                info!(%id, "letting the target run on here");
+                run_on(id, journal.contents(), cgroups)?;
+            }
+            SourceAction::Kill => {
+                info!(%id, "removing what moved away");
+                remove_moved(id, journal.contents(), cgroups)?;
+            }
+            SourceAction::Freeze
+            | SourceAction::SendOffer
+            | SourceAction::SendCommit
+            | SourceAction::SendAbort
+            | SourceAction::Depart
+            | SourceAction::Serve
+            | SourceAction::Reconnect => unreachable!("no part of a recovery"),
+        }
+    }
+    remove_image_directories(id);
+    journal.remove();
+    Ok(())
 }
 
 fn stranded(id: MigrationId) -> String {
     format!(
         "a target that the other host has lost stands here as it was frozen, the last copy: to let \
-         it run on from there, haulier resolve {id} here; to give it up, haulier resolve {id} there"
+         it run on from there, haulier resolve {id} --run-here; to give it up, haulier resolve {id} \
+         --discard"
     )
 }
 
 /// Lets a frozen target of this host run on here.
-pub(crate) fn run_on(
-    mut journal: Journal,
-    contents: &Contents,
-    cgroups: &CgroupFs,
-) -> io::Result<()> {
-    let id = journal.id();
+fn run_on(id: MigrationId, contents: &Contents, cgroups: &CgroupFs) -> io::Result<()> {
     let groups = groups(contents, Side::Source, cgroups);
     // While it is frozen: a program that finds its sockets in repair mode gets errors.
     for pid in groups
@@ -200,19 +257,11 @@ pub(crate) fn run_on(
             warn!(%id, %error, "cgroup");
         }
     }
-    journal.source(SourceRecord::RolledBack)?;
-    remove_image_directories(id);
-    journal.remove();
     Ok(())
 }
 
 /// Removes a frozen target that runs on the other host.
-pub(crate) fn remove_moved(
-    journal: Journal,
-    contents: &Contents,
-    cgroups: &CgroupFs,
-) -> io::Result<()> {
-    let id = journal.id();
+fn remove_moved(id: MigrationId, contents: &Contents, cgroups: &CgroupFs) -> io::Result<()> {
     for group in groups(contents, Side::Source, cgroups) {
         remove_with_tasks(&group);
     }
@@ -222,8 +271,6 @@ pub(crate) fn remove_moved(
         network::remove(&address).map_err(io::Error::other)?;
     }
     lift(id);
-    remove_image_directories(id);
-    journal.remove();
     Ok(())
 }
 
@@ -233,41 +280,46 @@ fn recover_destination(
     cgroups: &CgroupFs,
 ) -> io::Result<()> {
     let id = journal.id();
-    let decision = contents.decision();
-    // An address that was removed may have come back since, with another migration.
-    if decision == Decision::Done || contents.has_destination(DestinationRecord::Removed) {
-        if age_of(id) > KEEP_SETTLED {
-            journal.remove();
-        }
-        return Ok(());
-    }
     let addresses = addresses(contents, Side::Destination);
     let groups = groups(contents, Side::Destination, cgroups);
-    let record = match decision {
-        Decision::Done => return Ok(()),
-        Decision::Committed => match guard::fate(id)? {
-            Fate::Complete => {
+    let records = contents.destination_records();
+    let mut next = rule::destination(&records, None);
+    if next == DestinationRecovery::AskGuard {
+        let mut live = false;
+        let seen = guard::fate(id)?;
+        for group in &groups {
+            live |= group.is_populated().map_err(io::Error::other)?;
+        }
+        next = rule::destination(&records, Some(seen.of_tasks(live)));
+    }
+    let actions = match next {
+        DestinationRecovery::Settled => {
+            if age_of(id) > KEEP_SETTLED {
+                journal.remove();
+            }
+            return Ok(());
+        }
+        DestinationRecovery::AskGuard => return Ok(()),
+        DestinationRecovery::Finish(actions) => actions,
+    };
+    for action in actions {
+        match action {
+            DestinationAction::Record(record) => journal.destination(record)?,
+            DestinationAction::Thaw => {
                 info!(%id, "the target is this host's: letting it run");
                 let_run(id, &groups, &addresses)?;
-                DestinationRecord::Done
             }
-            Fate::NeverRan => DestinationRecord::Withdrawn,
-            Fate::Lost => DestinationRecord::Lost,
-        },
-        Decision::Open => DestinationRecord::Refused,
-        // Recorded, but perhaps not carried out to its end.
-        Decision::Refused => DestinationRecord::Refused,
-        Decision::Lost => DestinationRecord::Lost,
-    };
-    // Whoever asks from here on is told so. Before the removal: whenever this is killed, the tasks
-    // never run again.
-    if decision == Decision::Committed || decision == Decision::Open {
-        journal.destination(record)?;
-    }
-    if record != DestinationRecord::Done {
-        info!(%id, ?record, "removing what will not run here");
-        remove(id, &groups, &addresses);
-        journal.destination(DestinationRecord::Removed)?;
+            DestinationAction::Kill => {
+                info!(%id, "removing what will not run here");
+                remove(id, &groups, &addresses);
+            }
+            DestinationAction::SendPrepared
+            | DestinationAction::SendHeld
+            | DestinationAction::SendResumed
+            | DestinationAction::SendComplete
+            | DestinationAction::SendLost
+            | DestinationAction::SendRefused => unreachable!("no part of a recovery"),
+        }
     }
     remove_image_directories(id);
     Ok(())
@@ -350,7 +402,7 @@ fn lift(id: MigrationId) {
 }
 
 fn age_of(id: MigrationId) -> Duration {
-    let modified = fs::metadata(state_directory(id).join("journal")).and_then(|m| m.modified());
+    let modified = fs::metadata(journal::file_of(id)).and_then(|m| m.modified());
     let now = SystemTime::now();
     modified.map_or(Duration::ZERO, |then| {
         now.duration_since(then).unwrap_or_default()

@@ -7,6 +7,8 @@ mod stage;
 
 use std::net::SocketAddr;
 
+use haulier::journal::{self, Entry};
+use haulier_engine::journal::SourceRecord;
 use haulier_lab::workloads::{RedisClient, fill_redis, start_redis};
 use haulier_lab::{Captured, Process, Signal};
 use haulier_proto::frame::{HEADER_BYTES, Kind, MAGIC};
@@ -165,9 +167,9 @@ impl Doubt {
         assert!(has_address(&self.stage));
     }
 
-    /// Does what the message says for the case that it runs `place`.
-    fn follow(&self, place: &str) {
-        let command = format!("haulier resolve {} {place}", self.id);
+    /// Does what the message says for one of the cases.
+    fn follow(&self, word: &str) {
+        let command = format!("haulier resolve {} {word}", self.id);
         assert!(self.said.contains(&command), "{}", self.said);
         let arguments = command.split(' ').skip(1);
         let output = self.stage.haulier(1).args(arguments).output(LONG);
@@ -199,7 +201,7 @@ fn silence_after_the_commit_leaves_it_frozen_until_a_person_lets_it_run() {
     assert!(said.contains(&hint), "{said}");
     doubt.assert_still();
 
-    doubt.follow("here");
+    doubt.follow("--run-here");
     assert_served(&client);
     client.stop().clean();
     assert!(doubt.stage.host(1).process_alive(doubt.redis.pid()));
@@ -211,11 +213,11 @@ fn silence_after_the_commit_leaves_it_frozen_until_a_person_lets_it_run() {
 fn silence_after_the_commit_leaves_it_frozen_until_a_person_knows_it_elsewhere() {
     let doubt = Doubt::unused();
     // About another one nothing is known.
-    let other = ["resolve", "0123456789abcdef", "there"];
+    let other = ["resolve", "0123456789abcdef", "--discard"];
     let other = doubt.stage.haulier(1).args(other).output(LONG).unwrap();
     assert_eq!(other.status.code(), Some(1), "{}", other.stderr);
     doubt.assert_still();
-    doubt.follow("there");
+    doubt.follow("--discard");
     doubt.assert_gone();
 }
 
@@ -238,7 +240,7 @@ fn a_destination_that_is_heard_again_settles_what_was_in_doubt() {
         assert_eq!(asked.hear(), control::Body::Commit(Commit {}));
         asked.say(answer);
         if stands {
-            let hint = format!("haulier resolve {} here", doubt.id);
+            let hint = format!("haulier resolve {} --run-here", doubt.id);
             server.wait_for_output(&hint, LONG).unwrap();
             doubt.assert_still();
         } else if runs {
@@ -253,15 +255,94 @@ fn a_destination_that_is_heard_again_settles_what_was_in_doubt() {
     }
 }
 
+/// Whoever asks in the background gives way to a person.
+#[test]
+fn a_person_settles_what_a_server_keeps_asking_about() {
+    let doubt = Doubt::unused();
+    let _server = doubt.stage.serve(1);
+    doubt.assert_still();
+    doubt.follow("--run-here");
+    assert!(doubt.stage.host(1).process_alive(doubt.redis.pid()));
+    assert!(has_address(&doubt.stage));
+    doubt.stage.assert_clean(1, &["cgroup /redis"]);
+    assert_eq!(journals(&doubt.stage, 1), "");
+}
+
+#[test]
+fn a_status_tells_what_waits_and_a_late_cancel_changes_nothing() {
+    let doubt = Doubt::unused();
+    let haulier = |arguments: &[&str]| {
+        let command = doubt.stage.haulier(1).args(arguments.iter().copied());
+        command.output(LONG).unwrap()
+    };
+    let status = haulier(&["status", "--json"]);
+    assert_eq!(status.status.code(), Some(NEEDS_YOU), "{}", status.stderr);
+    let told: serde_json::Value = serde_json::from_str(&status.stdout).unwrap();
+    let told = &told[0];
+    assert_eq!(told["id"], doubt.id.as_str());
+    assert_eq!(told["side"], "source");
+    assert_eq!(told["needs_you"], true);
+    assert_eq!(told["records"], serde_json::json!(["Freezing", "InDoubt"]));
+    let holdings = told["holdings"].to_string();
+    assert!(
+        holdings.contains("address 10.77.0.100/24@eth0"),
+        "{holdings}"
+    );
+    let status = haulier(&["status", &doubt.id]);
+    assert_eq!(status.status.code(), Some(NEEDS_YOU));
+    assert!(status.stdout.contains("in doubt"), "{}", status.stdout);
+    let other = haulier(&["status", "0123456789abcdef"]);
+    assert_eq!(other.status.code(), Some(1), "{}", other.stdout);
+
+    let late = haulier(&["cancel", &doubt.id]);
+    assert_eq!(late.status.code(), Some(NOTHING_TOUCHED), "{}", late.stderr);
+    assert!(
+        late.stdout.contains("nothing was changed"),
+        "{}",
+        late.stdout
+    );
+    let asked = haulier(&["recover", "--wait", "1"]);
+    assert_eq!(asked.status.code(), Some(NEEDS_YOU), "{}", asked.stderr);
+    assert!(
+        asked.stdout.contains("which nobody asks"),
+        "{}",
+        asked.stdout
+    );
+    doubt.assert_still();
+}
+
+/// From a journal that is damaged nobody takes a decision.
+#[test]
+fn a_damaged_journal_is_told_and_changes_nothing() {
+    let doubt = Doubt::unused();
+    let damage = format!(
+        "sed -i s/InDoubt/InDaubt/ /var/lib/haulier/{}/journal",
+        doubt.id
+    );
+    doubt.stage.host(1).shell(&damage).unwrap().success();
+    let _server = doubt.stage.serve(1);
+    doubt.assert_still();
+    for arguments in [&["status"][..], &["recover", "--wait", "1"]] {
+        let said = doubt.stage.haulier(1).args(arguments.iter().copied());
+        let said = said.output(LONG).unwrap();
+        assert_eq!(said.status.code(), Some(NEEDS_YOU), "{}", said.stderr);
+        let words = "does not match its checksum";
+        assert!(said.stdout.contains(words), "{}", said.stdout);
+    }
+    let resolve = ["resolve", &doubt.id, "--run-here"];
+    let said = doubt.stage.haulier(1).args(resolve).output(LONG).unwrap();
+    assert_eq!(said.status.code(), Some(1), "{}", said.stderr);
+    doubt.assert_still();
+}
+
 /// Between the record that it was released and the end of what it had here, haulier was killed.
 #[test]
 fn a_killed_source_that_had_released_takes_its_address_away_at_the_next_start() {
     let doubt = Doubt::unused();
-    let record = format!(
-        "echo source is Released >> /var/lib/haulier/{}/journal",
-        doubt.id
-    );
-    doubt.stage.host(1).shell(&record).unwrap().success();
+    let record = journal::lines_for(1, &Entry::Source(SourceRecord::Released));
+    let append = format!("cat >> /var/lib/haulier/{}/journal", doubt.id);
+    let append = format!("printf %s '{record}' | {append}");
+    doubt.stage.host(1).shell(&append).unwrap().success();
     let _server = doubt.stage.serve(1);
     doubt.assert_gone();
 }
@@ -382,16 +463,18 @@ fn assert_refused(command: &mut Channel) {
 }
 
 #[test]
-fn a_commit_of_nothing_is_refused() {
+fn a_commit_of_nothing_is_not_obeyed() {
     let stage = Stage::set(2, HAULIER);
     let _server = stage.serve(2);
     let commit = || control::Body::Commit(Commit {});
 
-    // Before anything was begun.
+    // Before anything was begun: it may be of what has run here long ago, and whoever asks is not to
+    // be told that it has not.
     let source = Source::new(&stage, 1, 1);
     let mut command = source.connect(Role::Command).unwrap();
     command.send_control(commit(), &long()).unwrap();
-    assert_refused(&mut command);
+    let error = command.receive_control("silence", &long()).unwrap_err();
+    assert!(matches!(error, TransportError::Closed { .. }), "{error}");
 
     // Before anything was sent.
     let source = Source::new(&stage, 2, 1);
@@ -517,6 +600,67 @@ fn a_killed_sources_target_runs_on_at_the_next_start() {
     orphan.stage.assert_clean(2, &[]);
     assert_eq!(journals(&orphan.stage, 1), "");
     drop((server, orphan.server));
+}
+
+#[test]
+fn a_killed_sources_target_runs_on_when_it_is_recovered() {
+    let orphan = Orphan::make();
+    let recover = || {
+        let recover = orphan.stage.haulier(1).args(["recover"]);
+        recover.output(LONG).unwrap().success()
+    };
+    let status = orphan.stage.haulier(1).args(["status"]);
+    let status = status.output(LONG).unwrap();
+    assert_eq!(status.status.code(), Some(NEEDS_YOU), "{}", status.stdout);
+    let words = "what to do: haulier recover";
+    assert!(status.stdout.contains(words), "{}", status.stdout);
+    assert!(recover().contains("nothing is left to be done"));
+    assert_served(&orphan.client);
+    assert!(recover().contains("nothing is left to be done"));
+    orphan.client.stop().clean();
+    orphan.stage.assert_clean(1, &["cgroup /redis"]);
+    assert_eq!(journals(&orphan.stage, 1), "");
+}
+
+#[test]
+fn a_migration_is_cancelled_by_its_name() {
+    let stage = Stage::set(3, HAULIER);
+    let (redis, client) = served(&stage);
+    let fill = || fill_redis(redis_address(), 1, 32 << 20);
+    stage.host(3).in_network(fill).unwrap().unwrap();
+    stage.lab.shape(Some("20mbit")).unwrap();
+    let _server = stage.serve(2);
+    for mode in ["pre-copy", "stop-and-copy"] {
+        let options = [&MOVE[..], &["--mode", mode]].concat();
+        let migration = stage.migration(1, redis.pid(), 2, &options);
+        let migration = migration.spawn_captured().unwrap();
+        let told = |words: &str| {
+            let status = stage.haulier(1).args(["status", "--json"]);
+            let status = status.output(LONG).unwrap().stdout;
+            let told: serde_json::Value = serde_json::from_str(&status).unwrap();
+            let state = told[0]["state"].as_str().unwrap_or_default();
+            let id = told[0]["id"].as_str().unwrap_or_default();
+            state.contains(words).then(|| id.to_owned())
+        };
+        let words = match mode {
+            "pre-copy" => "its memory is sent",
+            _ => "stands still here",
+        };
+        eventually("it is at work", || told(words).is_some());
+        let id = told(words).unwrap();
+        let cancel = stage.haulier(1).args(["cancel", &id]);
+        let said = cancel.output(LONG).unwrap().success();
+        assert!(said.contains("it runs here"), "{said}");
+        let code = match mode {
+            "pre-copy" => NOTHING_TOUCHED,
+            _ => ROLLED_BACK,
+        };
+        ended(migration, code, &["it was interrupted"]);
+        assert_served(&client);
+        stage.assert_clean(1, &["cgroup /redis"]);
+        assert_eq!(journals(&stage, 1), "");
+    }
+    client.stop().clean();
 }
 
 #[test]

@@ -225,7 +225,7 @@ fn a_killed_sources_pages_are_brought_by_the_haulier_that_starts_next() {
 #[track_caller]
 fn run_here(stage: &Stage) {
     let id = stage.host(1).shell("ls /var/lib/haulier").unwrap();
-    let resolve = ["resolve", id.success().trim(), "here"].map(str::to_owned);
+    let resolve = ["resolve", id.success().trim(), "--run-here"].map(str::to_owned);
     let output = stage.haulier(1).args(resolve).output(LONG).unwrap();
     output.success();
 }

@@ -287,7 +287,9 @@ fn fail_record(world: &mut World, rules: &Rules, on_disk: bool) {
         agent.machine,
         Some(Source::Running(_) | Source::Frozen(_) | Source::Offered(_))
     );
-    if undo {
-        feed(world, rules, Event::Failed);
+    match undo {
+        true => feed(world, rules, Event::Failed),
+        // It asks again, over a new connection.
+        false => world.close_source_end(),
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use haulier_engine::destination::{Destination, Event};
 use haulier_engine::phase::Phase;
+use haulier_engine::recovery::{self as rule, Answer};
 use haulier_memory::lazy::LazyError;
 use haulier_memory::ranges::RangeSet;
 use haulier_proto::id::MigrationId;
@@ -21,7 +22,7 @@ use crate::destination::link::Link;
 use crate::destination::registry::Stream;
 use crate::destination::session::Session;
 use crate::failure::Failure;
-use crate::journal::{self, Decision};
+use crate::journal;
 use crate::recovery;
 
 /// How long a thaw that fails is tried again and again.
@@ -66,24 +67,29 @@ pub(crate) fn answer_again(shared: &Shared, channel: Channel, id: MigrationId) {
 /// What the journal alone can answer.
 fn recorded_answer(shared: &Shared, id: MigrationId) -> Option<control::Body> {
     let failure = |phase, what: &str| Failure::new(&shared.host.name, phase, what);
-    match journal::decision(id) {
-        Ok(Some(Decision::Done)) => Some(control::Body::Complete(Complete::default())),
-        Ok(Some(Decision::Lost)) => {
+    let contents = match journal::read(id) {
+        Ok(contents) => contents?,
+        Err(error) => {
+            warn!(%id, %error, "the source asks, and the journal cannot be read: no answer");
+            return None;
+        }
+    };
+    match rule::answer(&contents.destination_records()) {
+        Answer::Complete => Some(control::Body::Complete(Complete::default())),
+        Answer::Lost => {
             let what = "haulier ended there before all memory was in its place: it was killed";
             let failure = failure(Phase::Arrive, what);
             Some(control::Body::Lost((&failure).into()))
         }
-        Ok(Some(Decision::Refused | Decision::Open)) => {
+        Answer::Refused => {
             let what = "the connection broke before the commit arrived";
             let failure = failure(Phase::Commit, what);
             Some(control::Body::Failed((&failure).into()))
         }
-        // Not settled, or not to be read: no answer is the only one that is surely right.
-        Ok(Some(Decision::Committed)) => {
+        Answer::Silence => {
             warn!(%id, "the source asks about a target whose fate is not known here: no answer");
             None
         }
-        Ok(None) | Err(_) => None,
     }
 }
 

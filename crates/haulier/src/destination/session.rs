@@ -157,6 +157,15 @@ impl<'a> Session<'a> {
                 Ok(control::Body::Begin(begin)) if self.needs.root_pid > 0 => {
                     return Ok(Some(begin));
                 }
+                // A source that asks again about what has been forgotten here. It may have run here:
+                // to refuse it would let it run there as well, from an older state.
+                Ok(other @ (control::Body::Commit(_) | control::Body::Rejoin(_))) => {
+                    warn!(
+                        message = other.name(),
+                        "of a migration that is not known here: no answer"
+                    );
+                    return Ok(None);
+                }
                 Ok(other) => return Err(self.unexpected(&other, "a check")),
                 Err(Setback::Disconnected | Setback::Aborted) => return Ok(None),
                 Err(setback) => return Err(setback),

@@ -5,7 +5,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use haulier_engine::journal::SourceRecord;
-use haulier_engine::source::{Action, Event, InDoubt, Serving, Source};
+use haulier_engine::source::{Action, Event, Source};
 use haulier_memory::page::PageRange;
 use haulier_memory::stream::StreamOptions;
 use haulier_proto::message::{Commit, Missing, Rejoin, Role, control};
@@ -22,7 +22,7 @@ use super::pages::{open_memory, suitable_streams};
 use crate::SOFTWARE;
 use crate::commands::Incoming;
 use crate::failure::Failure;
-use crate::journal::{Contents, Holding, Journal, Side};
+use crate::journal::{Holding, Journal, Side};
 use crate::recovery;
 
 /// How long one attempt to reach the destination may take.
@@ -37,7 +37,7 @@ const LOOK: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct Unsettled {
     journal: Journal,
-    contents: Contents,
+    machine: Source,
 }
 
 /// How to ask.
@@ -68,6 +68,8 @@ enum AskError {
     NoPeer,
     #[error("the target runs there and waits for pages that are here: haulier recover brings them")]
     Left,
+    #[error("a person settles it")]
+    Wanted,
     #[error("the connection ended: {0}")]
     Lost(String),
     #[error("asking {address}")]
@@ -83,8 +85,9 @@ enum AskError {
 }
 
 impl Unsettled {
-    pub(crate) fn new(journal: Journal, contents: Contents) -> Unsettled {
-        Unsettled { journal, contents }
+    /// The machine is to go on from that state.
+    pub(crate) fn new(journal: Journal, machine: Source) -> Unsettled {
+        Unsettled { journal, machine }
     }
 
     /// The migration.
@@ -98,15 +101,10 @@ impl Unsettled {
     /// # Errors
     /// If what follows from the answer cannot be done here; it is tried again by the next recovery.
     pub fn ask(self, cgroups: &CgroupFs, how: &Asking, stop: &Cancel) -> io::Result<Settled> {
-        let machine = match self.contents.has_source(SourceRecord::Serving) {
-            true => Source::Serving(Serving),
-            false => Source::InDoubt(InDoubt),
-        };
         let mut asking = Conversation {
             how: how.clone(),
             journal: self.journal,
-            contents: self.contents,
-            machine,
+            machine: self.machine,
             link: None,
             dialer: None,
             behind: None,
@@ -116,18 +114,17 @@ impl Unsettled {
         let result = asking.run(stop);
         let Conversation {
             journal,
-            contents,
             machine,
             failure,
             ..
         } = asking;
         match machine {
             Source::Released(_) => {
-                recovery::remove_moved(journal, &contents, cgroups)?;
+                recovery::finish(journal, cgroups)?;
                 Ok(Settled::Released)
             }
             Source::RolledBack(_) => {
-                recovery::run_on(journal, &contents, cgroups)?;
+                recovery::finish(journal, cgroups)?;
                 Ok(Settled::RunsHere)
             }
             Source::Stranded(_) => Ok(Settled::Stranded(failure.unwrap_or_else(|| {
@@ -150,7 +147,6 @@ impl Unsettled {
 struct Conversation {
     how: Asking,
     journal: Journal,
-    contents: Contents,
     machine: Source,
     link: Option<Link>,
     dialer: Option<Dialer>,
@@ -162,11 +158,14 @@ struct Conversation {
 impl Conversation {
     /// Until the machine is at its end, the time without an answer is over, or it is stopped.
     fn run(&mut self, stop: &Cancel) -> Result<(), AskError> {
-        self.dialer = Some(dialer(&self.journal, &self.contents).ok_or(AskError::NoPeer)?);
+        self.dialer = Some(dialer(&self.journal).ok_or(AskError::NoPeer)?);
         let patience = self.how.patience;
         let mut silent_since = Instant::now();
         let mut last = Ok(());
         while !self.machine.is_final() && !stop.is_cancelled() {
+            if self.journal.is_wanted() {
+                return Err(AskError::Wanted);
+            }
             if self.link.is_none() {
                 if silent_since.elapsed() > patience {
                     return last;
@@ -275,7 +274,7 @@ impl Conversation {
             }
             Action::Depart => {
                 // Should one stay, so does the lock, and the end of it all is tried again.
-                for address in recovery::addresses(&self.contents, Side::Source) {
+                for address in recovery::addresses(self.journal.contents(), Side::Source) {
                     if let Err(error) = haulier_targets::network::remove(&address) {
                         warn!(%error, "an address that has moved is still here");
                     }
@@ -338,8 +337,8 @@ fn missing_ranges(missing: &Missing) -> Vec<(u32, Vec<PageRange>)> {
     missing.tasks.iter().map(ranges).collect()
 }
 
-fn dialer(journal: &Journal, contents: &Contents) -> Option<Dialer> {
-    let holdings = contents.holdings(Side::Source).into_iter();
+fn dialer(journal: &Journal) -> Option<Dialer> {
+    let holdings = journal.contents().holdings(Side::Source).into_iter();
     let mut peer = holdings.filter_map(|holding| match holding {
         Holding::Peer { address, secret } => Some((address, secret)),
         Holding::Cgroup(_) | Holding::Address(_) | Holding::Throttle(_) => None,

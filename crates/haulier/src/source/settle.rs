@@ -43,6 +43,8 @@ impl Migration<'_> {
                         warn!(%failure, "after the commit");
                     }
                     reason = Some(failure);
+                    // What was half said, or could not be recorded, is asked again over a new one.
+                    self.link = None;
                 }
             }
             if matches!(self.machine, Source::Serving(_)) {

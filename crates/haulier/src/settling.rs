@@ -1,0 +1,179 @@
+//! The commands about migrations that have begun: status, recover, cancel, resolve.
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use clap::Args;
+use haulier::cancel::{self, Cancelled};
+use haulier::interrupt::cancel_on_signals;
+use haulier::recovery::{self, Verdict};
+use haulier::source::again::Asking;
+use haulier::status::{self, Status};
+use haulier_proto::id::MigrationId;
+use haulier_targets::cgroup::CgroupFs;
+
+use crate::NEEDS_YOU;
+
+const OVER: u8 = 0;
+const UNKNOWN: u8 = 1;
+const NOTHING_CHANGED: u8 = 3;
+
+/// Tell how the migrations of this host stand
+///
+/// Without an id, all that have a journal here. Exit code 5 means that one of them waits for you, and
+/// the text says for what.
+#[derive(Debug, Args)]
+pub(crate) struct StatusArguments {
+    /// The migration, as "haulier migrate" named it
+    id: Option<MigrationId>,
+    /// Print it as JSON, a list
+    #[arg(long)]
+    json: bool,
+}
+
+/// Finish or undo what a killed haulier left on this host
+///
+/// "haulier serve" and "haulier migrate" do the same when they start. Where only the destination
+/// knows how it goes on, it is asked; memory that it lacks is brought. Can be repeated, and
+/// interrupted, at any time. Exit code 5 means that something still waits for you.
+#[derive(Debug, Args)]
+pub(crate) struct Recover {
+    /// How long to ask a destination that does not answer
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(..=86_400))]
+    wait: u64,
+}
+
+/// Bring a process back whose migration is under way on this host
+///
+/// Works until the commit is sent, and waits until the process runs here again, as Ctrl-C of
+/// "haulier migrate" does. Afterwards only the destination decides: it says so, changes nothing, and
+/// ends with exit code 3.
+#[derive(Debug, Args)]
+pub(crate) struct Cancel {
+    /// The migration, as "haulier status" names it
+    id: MigrationId,
+    /// Longest time to wait until the process runs here again
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    wait: u64,
+}
+
+/// Settle a migration that only a person can settle, on its source
+///
+/// For a destination that will never answer, and for one that has lost the process. The process
+/// stands frozen on this host. haulier itself never lets it run while it may be running there; who
+/// says that it does not had better know.
+#[derive(Debug, Args)]
+#[group(skip)]
+pub(crate) struct Resolve {
+    /// The migration, as "haulier migrate" and "haulier status" name it
+    id: MigrationId,
+    #[command(flatten)]
+    word: Word,
+}
+
+/// How it goes on.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct Word {
+    /// Let it run on here, from where it was frozen. With this you say: it does not run at the
+    /// destination, and never will, whatever happens to that host. If it does, two of it run, both
+    /// with the same addresses and files
+    #[arg(long)]
+    run_here: bool,
+    /// Kill what stands frozen here. With this you say: it runs at the destination, with all of its
+    /// memory, or is not needed any more. If it does not, it is gone
+    #[arg(long)]
+    discard: bool,
+}
+
+pub(crate) fn status(arguments: &StatusArguments) -> anyhow::Result<u8> {
+    let all = match arguments.id {
+        Some(id) => status::of(id),
+        None => status::all(),
+    };
+    let mut out = io::stdout().lock();
+    if arguments.json {
+        writeln!(out, "{}", serde_json::to_string(&all)?)?;
+    } else {
+        write(&mut out, &all)?;
+        if all.is_empty() {
+            match arguments.id {
+                Some(id) => writeln!(out, "there is no migration {id} on this host")?,
+                None => writeln!(out, "there are no migrations on this host")?,
+            }
+        }
+    }
+    Ok(match all.is_empty() && arguments.id.is_some() {
+        true => UNKNOWN,
+        false => code(&all),
+    })
+}
+
+fn write(out: &mut dyn Write, all: &[Status]) -> io::Result<()> {
+    all.iter().try_for_each(|status| status.write(out))
+}
+
+fn code(all: &[Status]) -> u8 {
+    match all.iter().any(|status| status.needs_you) {
+        true => NEEDS_YOU,
+        false => OVER,
+    }
+}
+
+pub(crate) fn recover(arguments: &Recover) -> anyhow::Result<u8> {
+    let stop = cancel_on_signals()?;
+    let cgroups = CgroupFs::find()?;
+    let asking = Asking {
+        patience: Duration::from_secs(arguments.wait),
+        bring: true,
+    };
+    for unsettled in recovery::recover_all(&cgroups) {
+        recovery::ask(unsettled, &cgroups, &asking, &stop);
+    }
+    let mut left = status::all();
+    left.retain(|status| status.needs_you);
+    let mut out = io::stdout().lock();
+    write(&mut out, &left)?;
+    if left.is_empty() {
+        writeln!(out, "nothing is left to be done on this host")?;
+    }
+    Ok(code(&left))
+}
+
+pub(crate) fn cancel(arguments: &Cancel) -> anyhow::Result<u8> {
+    let id = arguments.id;
+    Ok(
+        match cancel::cancel(id, Duration::from_secs(arguments.wait))? {
+            Cancelled::RunsHere => {
+                println!("cancelled: it runs here");
+                OVER
+            }
+            Cancelled::TooLate => {
+                println!(
+                    "too late: the commit has been sent, and only the destination knows how it goes \
+                 on; nothing was changed\n  \
+                 what to do: haulier status {id}"
+                );
+                NOTHING_CHANGED
+            }
+        },
+    )
+}
+
+pub(crate) fn resolve(arguments: &Resolve) -> anyhow::Result<u8> {
+    let verdict = match arguments.word.run_here {
+        true => Verdict::RunHere,
+        false => Verdict::Discard,
+    };
+    recovery::resolve(arguments.id, verdict, &CgroupFs::find()?)?;
+    match verdict {
+        Verdict::RunHere => println!(
+            "settled, on your word that it runs nowhere else and never will: it runs on here"
+        ),
+        Verdict::Discard => println!(
+            "settled, on your word that it runs at the destination or is not needed: it is removed \
+             here"
+        ),
+    }
+    Ok(OVER)
+}
