@@ -8,7 +8,7 @@
 //! A CRIU that is [`Waiting`] has been linked, has read its options and has probed the kernel. It
 //! stands in its first look at the images, which is one at the inventory: that name belonged to a
 //! FIFO when CRIU opened it, and CRIU reads until we close our end. It is read once, from its
-//! beginning to its end (seen with 4.1.1 and 4.2.1).
+//! beginning to its end (seen with 4.2.1, read in 4.1 and 4.2).
 //!
 //! Until [`Parked`] no code of the target has run and a "no" kills what was restored. At
 //! [`AtResume`] CRIU only sets registers and detaches, whatever it is answered, even by its death:
