@@ -274,7 +274,7 @@ fn a_dump_without_an_inventory_is_no_dump() {
     let (cache, proxy) = Running::pair(1);
     let mut socket = UnixStream::connect(proxy.directory(0).join(CAPTURE_SOCKET)).unwrap();
     let restore = thread::scope(|scope| {
-        let restore = scope.spawn(|| cache.restore("", 0, &[]));
+        let restore = scope.spawn(|| cache.restore("1", 0, &[]));
         write(criu::open(&mut socket, "core-1.img"), b"x").unwrap();
         drop(socket);
         assert!(

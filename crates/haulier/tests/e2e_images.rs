@@ -4,9 +4,13 @@
 mod cast;
 mod stage;
 
+use std::fs;
+use std::process::Command;
+
 use cast::Cast;
 use haulier_lab::Signal;
-use stage::LONG;
+use stage::play::{found, program, says, succeeds, tree_of};
+use stage::{LONG, eventually, start};
 
 const MIB: u64 = 1 << 20;
 
@@ -166,6 +170,105 @@ fn later_dumps_send_what_changed_and_each_can_be_restored() {
     for (directory, seed) in [("/srv/images/2", 2), ("/srv/images", 4), ("/srv/images", 4)] {
         cast.restored(cast.restore(directory, &[]).output(LONG).unwrap());
         cast.is_right_then_ends(redis, seed, 2);
+    }
+}
+
+#[test]
+fn a_java_program_is_restored_by_a_restore_that_was_first() {
+    let (Some(java), Some(javac)) = (found("java"), found("javac")) else {
+        return;
+    };
+    let cast = Cast::new();
+    let home = cast.folder.path();
+    let (classes, folder) = (home.join("classes"), home.join("java"));
+    fs::create_dir(&folder).unwrap();
+    succeeds(
+        Command::new(javac)
+            .arg("-d")
+            .arg(&classes)
+            .arg(program("HeapModel.java")),
+    );
+    let mut argv = vec![java.to_str().unwrap()];
+    argv.extend(["-XX:-UsePerfData", "-Xms400m", "-Xmx400m", "-cp"]);
+    argv.extend([classes.to_str().unwrap(), "HeapModel"]);
+    argv.push(folder.to_str().unwrap());
+    let _cache = cast.cache(&[]);
+    let restore = cast.restore("/srv/images", &[]).spawn_captured().unwrap();
+    let _proxy = cast.proxy(&[]);
+    let pid = start(cast.stage.host(1), &argv).pid();
+    says(&cast.stage, pid, &folder, "ready 1");
+
+    cast.dumped(cast.dump_with_vote(pid, &[]).output(LONG).unwrap());
+    cast.restored(restore.finish(LONG).unwrap());
+    assert!(cast.stage.host(2).process_alive(pid));
+    fs::write(folder.join("go-1"), "").unwrap();
+    says(&cast.stage, pid, &folder, "good 1");
+}
+
+#[test]
+fn thirty_two_trees_are_dumped_at_once_through_one_proxy_into_one_cache() {
+    const TREES: usize = 32;
+    let cast = Cast::new();
+    let directories: Vec<String> = (0..TREES).map(|n| format!("/srv/trees/{n}")).collect();
+    for host in [1, 2] {
+        for directory in &directories {
+            let line = format!("mkdir -p {directory}");
+            cast.stage.host(host).shell(&line).unwrap().success();
+        }
+    }
+    let mut options: Vec<String> = Vec::new();
+    for (number, directory) in directories.iter().enumerate() {
+        options.extend(["--dir".to_owned(), format!("tree-{number}={directory}")]);
+    }
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let _cache = cast.cache(&options);
+    let _proxy = cast.proxy(&options);
+    // A shell and a child of it, which waits.
+    let line = "sleep 100000 & wait";
+    let roots: Vec<i32> = (0..TREES)
+        .map(|_| start(cast.stage.host(1), &["sh", "-c", line]).pid())
+        .collect();
+    let trees: Vec<Vec<i32>> = roots
+        .iter()
+        .map(|root| {
+            let mut tree = Vec::new();
+            eventually("the child runs", || {
+                tree = tree_of(cast.stage.host(1), *root);
+                tree.len() == 2
+            });
+            tree
+        })
+        .collect();
+    let restores: Vec<_> = directories
+        .iter()
+        .map(|directory| {
+            let log = format!("{directory}/restore.log");
+            let arguments = ["restore", "--stream", "-d", "-D", directory, "-o", &log];
+            cast.criu(2, &arguments).spawn_captured().unwrap()
+        })
+        .collect();
+    let vote = cast.vote();
+    let dumps: Vec<_> = directories
+        .iter()
+        .zip(&roots)
+        .map(|(directory, root)| {
+            let root = root.to_string();
+            let log = format!("{directory}/dump.log");
+            let arguments = ["dump", "--stream", "-D", directory, "-t", &root, "-o", &log];
+            let command = cast.criu(1, &arguments);
+            let command = command.args(["--action-script", vote.to_str().unwrap()]);
+            command.spawn_captured().unwrap()
+        })
+        .collect();
+    for dump in dumps {
+        dump.finish(LONG).unwrap().success();
+    }
+    for restore in restores {
+        restore.finish(LONG).unwrap().success();
+    }
+    for pid in trees.iter().flatten() {
+        assert!(!cast.stage.host(1).process_alive(*pid), "{pid}");
+        assert!(cast.stage.host(2).process_alive(*pid), "{pid}");
     }
 }
 
