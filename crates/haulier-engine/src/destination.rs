@@ -59,6 +59,20 @@ pub enum Action {
     SendRefused,
 }
 
+impl Action {
+    /// Every action that a hand-over without trouble performs, in its order.
+    pub const STRAIGHT_WAY: [Action; 8] = [
+        Action::Record(DestinationRecord::Receiving),
+        Action::SendPrepared,
+        Action::SendHeld,
+        Action::Record(DestinationRecord::Committed),
+        Action::Thaw,
+        Action::SendResumed,
+        Action::Record(DestinationRecord::Done),
+        Action::SendComplete,
+    ];
+}
+
 /// Nothing has been taken yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Preparing;
@@ -335,6 +349,25 @@ mod tests {
         );
         assert!(state.is_final() && state.may_run());
         assert_eq!(state.on(Event::Commit).1, [Action::SendComplete]);
+    }
+
+    #[test]
+    fn the_list_of_the_straight_way_is_whole_and_in_order() {
+        let events = [
+            Event::Begun,
+            Event::Restored,
+            Event::Commit,
+            Event::Thawed,
+            Event::Filled,
+        ];
+        let mut state = Destination::new();
+        let mut performed = Vec::new();
+        for event in events {
+            let (next, actions) = state.on(event);
+            performed.extend(actions);
+            state = next;
+        }
+        assert_eq!(performed, Action::STRAIGHT_WAY);
     }
 
     #[test]

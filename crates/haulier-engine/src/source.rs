@@ -67,6 +67,22 @@ pub enum Action {
     Reconnect,
 }
 
+impl Action {
+    /// Every action that a hand-over without trouble performs, in its order.
+    pub const STRAIGHT_WAY: [Action; 10] = [
+        Action::Record(SourceRecord::Freezing),
+        Action::Freeze,
+        Action::SendOffer,
+        Action::Record(SourceRecord::InDoubt),
+        Action::SendCommit,
+        Action::Record(SourceRecord::Serving),
+        Action::Depart,
+        Action::Serve,
+        Action::Record(SourceRecord::Released),
+        Action::Kill,
+    ];
+}
+
 /// Before the target is touched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Running;
@@ -330,6 +346,25 @@ mod tests {
             [Action::Record(SourceRecord::Released), Action::Kill]
         );
         assert!(state.is_final() && !state.may_run());
+    }
+
+    #[test]
+    fn the_list_of_the_straight_way_is_whole_and_in_order() {
+        let events = [
+            Event::Begin,
+            Event::AllSent,
+            Event::Held,
+            Event::Resumed,
+            Event::Complete,
+        ];
+        let mut state = Source::new();
+        let mut performed = Vec::new();
+        for event in events {
+            let (next, actions) = state.on(event);
+            performed.extend(actions);
+            state = next;
+        }
+        assert_eq!(performed, Action::STRAIGHT_WAY);
     }
 
     #[test]

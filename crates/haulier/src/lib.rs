@@ -5,6 +5,7 @@
 //! target is in `haulier_engine`; everything below is a crate of its own (see ARCHITECTURE.md).
 
 pub mod cancel;
+pub mod checkpoint;
 mod commands;
 pub mod destination;
 pub mod directories;

@@ -280,6 +280,8 @@ fn recover_destination(
     cgroups: &CgroupFs,
 ) -> io::Result<()> {
     let id = journal.id();
+    // Whoever used it is gone.
+    remove_image_directories(id);
     let addresses = addresses(contents, Side::Destination);
     let groups = groups(contents, Side::Destination, cgroups);
     let records = contents.destination_records();
@@ -321,7 +323,6 @@ fn recover_destination(
             | DestinationAction::SendRefused => unreachable!("no part of a recovery"),
         }
     }
-    remove_image_directories(id);
     Ok(())
 }
 

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 use haulier_engine::phase::Phase;
 use haulier_proto::message::PhaseTime;
 
+use crate::checkpoint;
+
 /// Measures phases one after the other.
 #[derive(Debug)]
 pub struct Timeline {
@@ -30,6 +32,7 @@ impl Timeline {
     /// Ends the phase that was going on, if any, and begins another.
     pub fn enter(&mut self, phase: Phase) {
         self.finish();
+        checkpoint::reach("source phase", phase);
         let now = Instant::now();
         if phase.is_downtime() && self.stopped.is_none() {
             self.stopped = Some(now);

@@ -23,6 +23,7 @@ use haulier_targets::network::MoveIp;
 use haulier_transport::channel::Channel;
 use tracing::{debug, info, info_span, warn};
 
+use crate::checkpoint;
 use crate::commands::Incoming;
 use crate::destination::hold::{Hold, Memory};
 use crate::destination::link::Link;
@@ -448,6 +449,7 @@ impl<'a> Session<'a> {
     }
 
     fn perform(&mut self, action: Action) -> Result<(), Setback> {
+        checkpoint::reach("destination", format_args!("{action:?}"));
         match action {
             Action::Record(record) => {
                 let Some(journal) = &mut self.journal else {

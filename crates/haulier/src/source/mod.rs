@@ -34,6 +34,7 @@ use self::plan::Plan;
 use self::ready::{Ready, interrupted};
 use self::rounds::Rounds;
 use self::target::Target;
+use crate::checkpoint;
 use crate::commands::Incoming;
 use crate::directories::state_directory;
 use crate::failure::Failure;
@@ -292,6 +293,7 @@ impl<'a> Migration<'a> {
     }
 
     fn perform(&mut self, action: Action) -> Result<(), Setback> {
+        checkpoint::reach("source", format_args!("{action:?}"));
         match action {
             Action::Record(record) => {
                 let Some(journal) = &mut self.journal else {

@@ -1,0 +1,83 @@
+//! The fault matrix: whatever is killed, stopped or cut, and whenever, exactly one copy lives.
+//!
+//! In the usual run some columns; `scripts/fault-matrix` plays all of them and prints the table.
+
+mod faults;
+mod stage;
+
+use faults::{Fault, Victim, points, table};
+
+/// Plays columns at the points that `chosen` picks, or at those that the environment names.
+fn play(mode: &str, faults: &[Fault], chosen: impl Fn(&str) -> bool) {
+    let wanted = std::env::var("HAULIER_FAULT_POINTS").unwrap_or_default();
+    let named = |point: &str| wanted.split(',').any(|word| point.contains(word));
+    let mut points = points();
+    points.retain(|point| chosen(point) && named(point));
+    let (table, wrong) = table(mode, faults, &points);
+    println!("{table}");
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+fn everywhere(_point: &str) -> bool {
+    true
+}
+
+/// Before that, leaving pages behind changes nothing.
+fn from_the_commit_on(point: &str) -> bool {
+    let before = [
+        "examine",
+        "connect",
+        "check",
+        "prepare",
+        "pre-copy",
+        "freeze",
+        "Freez",
+        "dump",
+        "send",
+        "restore",
+        "SendOffer",
+        "Receiving",
+        "SendPrepared",
+        "SendHeld",
+    ];
+    !before.iter().any(|word| point.contains(word))
+}
+
+#[test]
+fn a_source_that_is_killed_anywhere_in_pre_copy() {
+    play("pre-copy", &[Fault::Kill(Victim::Source)], everywhere);
+}
+
+#[test]
+fn a_destination_that_is_killed_anywhere_in_pre_copy() {
+    play("pre-copy", &[Fault::Kill(Victim::Destination)], everywhere);
+}
+
+#[test]
+fn a_link_that_is_cut_anywhere_in_pre_copy() {
+    play("pre-copy", &[Fault::Cut], everywhere);
+}
+
+#[test]
+fn agents_that_are_killed_from_the_commit_on_in_hybrid() {
+    let agents = [Victim::Source, Victim::Destination].map(Fault::Kill);
+    play("hybrid", &agents, from_the_commit_on);
+}
+
+#[test]
+#[ignore = "takes half an hour and more: scripts/fault-matrix"]
+fn everything_anywhere() {
+    let victims = [
+        Victim::Source,
+        Victim::Destination,
+        Victim::Dump,
+        Victim::Restore,
+        Victim::Guard,
+    ];
+    let kills = victims.map(Fault::Kill).into_iter();
+    let stops = victims.map(Fault::Stop).into_iter();
+    let faults: Vec<Fault> = kills.chain(stops).chain([Fault::Cut]).collect();
+    for mode in ["pre-copy", "hybrid"] {
+        play(mode, &faults, everywhere);
+    }
+}
