@@ -75,24 +75,10 @@ fn server() -> SocketAddr {
     format!("{MOVING_V4}:6379").parse().unwrap()
 }
 
-/// Every connection of haulier's is reset, and none can be made for a moment.
-fn break_the_link(stage: &Stage) {
-    let host = stage.host(1);
-    let nft = |line: &str| host.run(["nft", line]).unwrap().success();
-    nft("add table ip breaker");
-    nft("add chain ip breaker out { type filter hook output priority 0; }");
-    nft("add rule ip breaker out tcp dport 7000 reject with tcp reset");
-    eventually("no connection is left", || {
-        let line = "ss -Htn state established dport = :7000";
-        host.shell(line).unwrap().success().is_empty()
-    });
-    nft("delete table ip breaker");
-}
-
 #[test]
 fn a_link_that_breaks_is_made_anew_and_every_page_comes() {
     let moving = Moving::set("post-copy");
-    break_the_link(&moving.stage);
+    moving.stage.break_connections(1);
     let Moving {
         stage,
         client,

@@ -10,7 +10,7 @@ use haulier_engine::{destination, source};
 use haulier_lab::workloads::{RedisClient, check_redis, fill_redis, start_redis};
 use haulier_lab::{Captured, Process, ProcessInfo, Signal};
 
-use crate::stage::{LONG, MOVING_V4, Stage, eventually};
+use crate::stage::{LONG, MOVING_V4, Stage};
 
 /// Ends a hold.
 const GO: &str = "/run/haulier-test-go";
@@ -192,7 +192,7 @@ impl<'a> Case<'a> {
             Fault::Kill(_) => self.signal(Signal::KILL),
             Fault::Stop(_) => self.signal(Signal::STOP),
             Fault::Cut => {
-                self.cut();
+                self.stage.break_connections(1);
                 true
             }
         }
@@ -224,21 +224,6 @@ impl<'a> Case<'a> {
         let processes = self.stage.host(host).processes().unwrap();
         let chosen = processes.iter().filter(|process| chosen(process));
         chosen.map(|process| process.pid).collect()
-    }
-
-    fn cut(&self) {
-        let host = self.stage.host(1);
-        let nft = |line: &str| host.run(["nft", line]).unwrap().success();
-        nft("add table ip breaker");
-        nft("add chain ip breaker out { type filter hook output priority 0; }");
-        nft("add rule ip breaker out tcp dport 7000 reject with tcp reset");
-        // What is silent at this moment is reset as well.
-        let line = "ss -HK state established dport = :7000; \
-                    ss -Htn state established dport = :7000";
-        eventually("no connection is left", || {
-            host.shell(line).unwrap().success().is_empty()
-        });
-        nft("delete table ip breaker");
     }
 
     /// Until exactly one copy runs and nobody has anything left to do; never do two run.

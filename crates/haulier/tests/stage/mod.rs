@@ -7,6 +7,7 @@
     reason = "each test uses some of it"
 )]
 
+pub mod database;
 pub mod play;
 
 use std::path::{Path, PathBuf};
@@ -143,6 +144,22 @@ impl Stage {
         left.into_iter()
             .filter(|line| !(line.starts_with("process ") && line.contains(" serve ")))
             .collect()
+    }
+
+    /// Every connection of haulier's from a host is reset, and none can be made for a moment.
+    pub fn break_connections(&self, from: usize) {
+        let host = self.host(from);
+        let nft = |line: &str| host.run(["nft", line]).unwrap().success();
+        nft("add table ip breaker");
+        nft("add chain ip breaker out { type filter hook output priority 0; }");
+        nft("add rule ip breaker out tcp dport 7000 reject with tcp reset");
+        // Those that are silent at this moment are reset as well.
+        let line = "ss -HK state established dport = :7000; \
+                    ss -Htn state established dport = :7000";
+        eventually("no connection is left", || {
+            host.shell(line).unwrap().success().is_empty()
+        });
+        nft("delete table ip breaker");
     }
 
     /// Nothing of a migration is left on a host, where nothing of the target is any more.
