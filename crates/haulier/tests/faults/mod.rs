@@ -266,7 +266,7 @@ impl<'a> Case<'a> {
 
     fn run_here(&self) {
         let id = self.stage.host(1).shell("ls /var/lib/haulier").unwrap();
-        let resolve = ["resolve", id.success().trim(), "here"].map(str::to_owned);
+        let resolve = ["resolve", id.success().trim(), "--run-here"].map(str::to_owned);
         let output = self.stage.haulier(1).args(resolve).output(LONG).unwrap();
         output.success();
     }
