@@ -11,6 +11,7 @@
 
 mod desk;
 mod fill;
+mod gate;
 pub mod guard;
 mod serve;
 mod shared;
@@ -156,8 +157,7 @@ impl fmt::Debug for LazyPages {
 #[derive(Debug, Clone, Copy)]
 struct Options {
     fill_threads: usize,
-    /// Pages placed by one COPY of the bulk fill. Events cannot be read meanwhile, so that a fault
-    /// waits for it; 128 KiB take some 40 us, and more at once are not placed faster.
+    /// Pages that a thread of the bulk fill claims at once.
     chunk_pages: u64,
     /// Pages placed around a fault, from the faulting one on: 64 KiB cost 20 us instead of 4.
     fault_pages: u64,

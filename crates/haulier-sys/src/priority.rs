@@ -3,6 +3,7 @@
 //! All of it is best effort: without the right to it a thread stays as it was, and is only slower
 //! to get its turn.
 
+use std::cell::Cell;
 use std::io;
 use std::mem::zeroed;
 
@@ -15,6 +16,47 @@ const BRISK: i32 = -10;
 /// Some tenth of the usual share.
 const BACKGROUND: i32 = 10;
 
+/// Of those that run ahead of all others, who was lent it comes behind who has it.
+const LENT: libc::c_int = 1;
+const URGENT: libc::c_int = 2;
+
+thread_local! {
+    /// The class that the thread has by its own wish, and its priority there.
+    static OWN: Cell<(libc::c_int, libc::c_int)> = const { Cell::new((libc::SCHED_OTHER, 0)) };
+    static NUMBER: libc::pid_t = rustix::thread::gettid().as_raw_nonzero().get();
+}
+
+/// A thread of this process, to be lent priority.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Thread(libc::pid_t);
+
+impl Thread {
+    /// The calling thread. `None` if it is an [`urgent`] one, which needs nothing.
+    pub fn this() -> Option<Thread> {
+        let urgent = OWN.get().0 == libc::SCHED_FIFO;
+        (!urgent).then(|| NUMBER.with(|number| Thread(*number)))
+    }
+
+    /// Has the thread run ahead of all but [`urgent`] ones, until it calls [`hand_back`]: for whoever is
+    /// urgent and waits for something that the thread has in hand. Otherwise a thread that others
+    /// keep from running would keep him waiting too.
+    ///
+    /// # Errors
+    /// What `sched_setscheduler(2)` says.
+    pub fn lend(self) -> io::Result<()> {
+        schedule(self.0, libc::SCHED_FIFO, LENT)
+    }
+}
+
+/// Gives the calling thread the class back that it had before it was lent another.
+///
+/// # Errors
+/// What `sched_setscheduler(2)` says.
+pub fn hand_back() -> io::Result<()> {
+    let (policy, priority) = OWN.get();
+    schedule(0, policy, priority)
+}
+
 /// Has the calling thread run as soon as it can, ahead of all threads of the usual kind: for work of
 /// microseconds that others stand still for. It must never compute for long.
 ///
@@ -23,7 +65,7 @@ const BACKGROUND: i32 = 10;
 /// # Errors
 /// What `sched_setscheduler(2)` says.
 pub fn urgent() -> io::Result<()> {
-    set(libc::SCHED_FIFO, 1)
+    set(libc::SCHED_FIFO, URGENT)
 }
 
 /// Has the calling thread let those go first that wake up beside it: for work that only counts in
@@ -65,11 +107,18 @@ pub fn usual() -> io::Result<()> {
 }
 
 fn set(policy: libc::c_int, priority: libc::c_int) -> io::Result<()> {
+    schedule(0, policy, priority)?;
+    OWN.set((policy, priority));
+    Ok(())
+}
+
+/// Thread 0 is the calling one.
+fn schedule(thread: libc::pid_t, policy: libc::c_int, priority: libc::c_int) -> io::Result<()> {
     // SAFETY: a structure of plain integers, for which all bits zero are a value.
     let mut parameter: libc::sched_param = unsafe { zeroed() };
     parameter.sched_priority = priority;
-    // SAFETY: thread 0 is the calling one, and the parameter is live for the call.
-    let result = unsafe { libc::sched_setscheduler(0, policy | RESET_ON_FORK, &parameter) };
+    // SAFETY: the parameter is live for the call, which touches no other memory of ours.
+    let result = unsafe { libc::sched_setscheduler(thread, policy | RESET_ON_FORK, &parameter) };
     if result == 0 {
         Ok(())
     } else {
@@ -107,5 +156,29 @@ mod tests {
         .join()
         .unwrap();
         assert_eq!(policy(), before);
+    }
+
+    #[test]
+    fn what_was_lent_is_handed_back() {
+        std::thread::spawn(|| {
+            bulk().unwrap();
+            let this = Thread::this().unwrap();
+            // Not where the machine refuses it.
+            if std::thread::spawn(move || this.lend())
+                .join()
+                .unwrap()
+                .is_ok()
+            {
+                assert_eq!(policy() & !RESET_ON_FORK, libc::SCHED_FIFO);
+                assert_eq!(Thread::this(), Some(this), "is not urgent by itself");
+            }
+            hand_back().unwrap();
+            assert_eq!(policy() & !RESET_ON_FORK, libc::SCHED_BATCH);
+            if urgent().is_ok() {
+                assert_eq!(Thread::this(), None);
+            }
+        })
+        .join()
+        .unwrap();
     }
 }
