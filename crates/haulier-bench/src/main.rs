@@ -23,7 +23,8 @@ use crate::settings::{Cli, Measure, Options, Settings};
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
-        Measure::Memory(options) => measure(options),
+        Measure::Memory(options) => measure(options, Bench::run),
+        Measure::Images(options) => measure(options, Bench::run_images),
         Measure::Announce { address } => network::announce(&address).map_err(Into::into),
     };
     match done {
@@ -35,12 +36,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn measure(options: Options) -> Result<()> {
+fn measure(options: Options, run: fn(&mut Bench) -> Result<()>) -> Result<()> {
     let settings = Settings::new(options)?;
     let record = Record::new(settings.json.clone(), sections::machine(&settings));
     let mut bench = Bench { settings, record };
     stage::touch(bench.touched())?;
-    bench.run()?;
+    run(&mut bench)?;
     print!("{}", tables::all(&bench.record));
     println!("\nRaw figures: {}", bench.settings.json.display());
     Ok(())

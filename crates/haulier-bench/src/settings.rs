@@ -20,6 +20,8 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Measure {
     Memory(Options),
+    /// How CRIU's images travel: by image-proxy and image-cache, and by tar over TCP
+    Images(Options),
     /// Tell the network that an address is here: a part of CRIU's migration
     #[command(hide = true)]
     Announce {

@@ -15,7 +15,7 @@ struct Table {
     columns: &'static [Column],
 }
 
-const TABLES: [Table; 6] = [
+const TABLES: [Table; 7] = [
     Table {
         section: "redis/",
         title: "Redis, one client that writes 1 KB values without pause",
@@ -94,6 +94,16 @@ const TABLES: [Table; 6] = [
             ("restore", "restore_ms", 1),
             ("commit", "commit_ms", 1),
             ("all", "total_ms", 0),
+        ],
+    },
+    Table {
+        section: "images/",
+        title: "CRIU's images to another host, and what it costs",
+        columns: &[
+            ("dump to restored ms", "restored_ms", 0),
+            ("frozen at the source ms", "frozen_ms", 0),
+            ("CPU s per GiB", "cpu_s_per_gib", 2),
+            ("wire MiB", "wire_mib", 0),
         ],
     },
 ];

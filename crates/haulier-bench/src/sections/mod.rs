@@ -3,6 +3,7 @@
 mod bulk;
 mod clients;
 mod growth;
+mod images;
 mod redis;
 
 use anyhow::{Error, Result};
@@ -45,6 +46,11 @@ impl Bench {
         clients::run(self)?;
         bulk::run(self)?;
         growth::run(self)
+    }
+
+    /// Measures how CRIU's images travel.
+    pub(crate) fn run_images(&mut self) -> Result<()> {
+        images::run(self)
     }
 
     /// Memory that is in use at the same time, at most: at both hosts, and on its way.

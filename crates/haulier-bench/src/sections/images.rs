@@ -1,0 +1,202 @@
+//! CRIU's images to another host: by image-proxy and image-cache, and by an expert with tar and TCP.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use haulier_lab::{Captured, Host, HostCommand, Output, Signal};
+
+use crate::record::Run;
+use crate::sections::{Bench, LINKS, Link};
+use crate::stage::{Stage, sent_bytes, start_threads};
+
+pub(crate) const NAME: &str = "images";
+
+const PORT: &str = "7001";
+/// For images, on both hosts, in memory.
+const FOLDER: &str = "/dev/shm/images";
+/// Four gigabytes over a gigabit link, and more.
+const PATIENCE: Duration = Duration::from_secs(300);
+const MIB: f64 = 1_048_576.0;
+
+/// How images travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// `criu dump --stream`, image-proxy, image-cache, `criu restore --stream`; the restore is first.
+    Cast,
+    /// `criu dump` into memory, tar over TCP, `criu restore`.
+    Tar,
+}
+
+impl Way {
+    const ALL: [Way; 2] = [Way::Cast, Way::Tar];
+
+    fn name(self) -> &'static str {
+        match self {
+            Way::Cast => "proxy-and-cache",
+            Way::Tar => "tar",
+        }
+    }
+}
+
+/// Measures every case asked for.
+pub(crate) fn run(bench: &mut Bench) -> Result<()> {
+    let sizes: &[u64] = if bench.settings.quick {
+        &[64, 256]
+    } else {
+        &[64, 1024, 4096]
+    };
+    for link in LINKS {
+        for mib in sizes {
+            for way in Way::ALL {
+                let case = format!("{NAME}/{}/{mib}-MiB/{}", link.name, way.name());
+                if bench.settings.wants(&case) {
+                    case_runs(bench, &case, link, way, mib << 20)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// All runs of a case, each on hosts of its own.
+fn case_runs(bench: &mut Bench, case: &str, link: Link, way: Way, memory: u64) -> Result<()> {
+    for number in 1..=bench.settings.runs {
+        bench.say(&format!("{case} {number}/{}", bench.settings.runs));
+        let mut run = Run::new(case, number);
+        if let Err(error) = one(bench, link, way, memory, &mut run) {
+            bench.failed(&mut run, &error);
+        }
+        bench.record.add(run)?;
+    }
+    Ok(())
+}
+
+fn one(bench: &Bench, link: Link, way: Way, memory: u64, run: &mut Run) -> Result<()> {
+    let stage = Stage::build(link.rate)?;
+    let (from, to) = (stage.source(), stage.destination());
+    for host in [from, to] {
+        Stage::must(host, &format!("mkdir -p {FOLDER}"))?;
+    }
+    let pid = start_threads(&stage, memory)?;
+    let criu = &bench.settings.criu;
+    let servers = match way {
+        Way::Cast => serve(&stage, &bench.settings.haulier)?,
+        Way::Tar => Vec::new(),
+    };
+    let before = (cpu(from)? + cpu(to)?, sent_bytes(from)?);
+    let began = Instant::now();
+    match way {
+        Way::Cast => cast(&stage, criu, pid)?,
+        Way::Tar => tar(&stage, criu, pid)?,
+    }
+    let took = began.elapsed();
+    stage.check_moved(pid)?;
+    let after = (cpu(from)? + cpu(to)?, sent_bytes(from)?);
+    drop(servers);
+    run.put("restored_ms", took.as_secs_f64() * 1e3);
+    run.put("frozen_ms", frozen(from)?);
+    let gib = memory as f64 / 1024.0 / MIB;
+    run.put("cpu_s_per_gib", (after.0 - before.0) / gib);
+    run.put("wire_mib", (after.1 - before.1) as f64 / MIB);
+    to.signal(pid, Signal::KILL)?;
+    Ok(())
+}
+
+fn criu(host: &Host, criu: &Path, command: &str, options: &[&str]) -> HostCommand {
+    let command = host.command(criu).args([command, "-D", FOLDER, "-v4"]);
+    command.args(["--manage-cgroups=ignore"]).args(options)
+}
+
+fn ended_well(what: &str, output: &Output) -> Result<()> {
+    ensure!(
+        output.status.success(),
+        "{what}: {}{}",
+        output.stdout,
+        output.stderr
+    );
+    Ok(())
+}
+
+fn serve(stage: &Stage, haulier: &Path) -> Result<Vec<Captured>> {
+    let address = format!("{}:{PORT}", stage.destination().ipv4());
+    let vote = format!("#!/bin/sh\nexec {} image-proxy wait\n", haulier.display());
+    stage.source().write_file("/run/vote", vote)?;
+    Stage::must(stage.source(), "chmod +x /run/vote")?;
+    let start = |host: &Host, arguments: [&str; 3], ready: &str| -> Result<Captured> {
+        let command = host.command(haulier).args(arguments);
+        let command = command.args(["--dir", FOLDER]).spawn_captured()?;
+        command.wait_for_output(ready, PATIENCE)?;
+        Ok(command)
+    };
+    let cache = start(
+        stage.destination(),
+        ["image-cache", "--listen", &address],
+        "serving restores",
+    )?;
+    let proxy = start(
+        stage.source(),
+        ["image-proxy", "--to", &address],
+        "connected to",
+    )?;
+    Ok(vec![cache, proxy])
+}
+
+fn cast(stage: &Stage, program: &Path, pid: i32) -> Result<()> {
+    let stream = ["--stream", "-d", "-o", "restore.log"];
+    let restore = criu(stage.destination(), program, "restore", &stream).spawn_captured()?;
+    let pid = pid.to_string();
+    let options = ["--stream", "-t", &pid, "-o", "dump.log"];
+    let dump = criu(stage.source(), program, "dump", &options)
+        .args(["--action-script", "/run/vote"])
+        .output(PATIENCE)?;
+    ended_well("the dump", &dump)?;
+    ended_well("the restore", &restore.finish(PATIENCE)?)
+}
+
+fn tar(stage: &Stage, program: &Path, pid: i32) -> Result<()> {
+    let (from, to) = (stage.source(), stage.destination());
+    let unpack = format!("socat -u TCP-LISTEN:{PORT},reuseaddr STDOUT | tar -x -C {FOLDER}");
+    let unpack = to.command("sh").args(["-c", &unpack]).spawn_captured()?;
+    let pid = pid.to_string();
+    let dump = criu(from, program, "dump", &["-t", &pid, "-o", "dump.log"]).output(PATIENCE)?;
+    ended_well("the dump", &dump)?;
+    // With a block size that is no excuse.
+    let pack = format!(
+        "tar -c -b 2048 -C {FOLDER} . | socat -b 1048576 -u STDIN TCP:{}:{PORT}",
+        to.ipv4()
+    );
+    Stage::must(from, &pack)?;
+    ended_well("tar", &unpack.finish(PATIENCE)?)?;
+    let restore = criu(to, program, "restore", &["-d", "-o", "restore.log"]).output(PATIENCE)?;
+    ended_well("the restore", &restore)
+}
+
+/// How long the target was frozen at the source, in milliseconds, by the time stamps of CRIU's log.
+fn frozen(host: &Host) -> Result<f64> {
+    let log = host.read_file(format!("{FOLDER}/dump.log"))?;
+    let log = String::from_utf8_lossy(&log);
+    let stamp = |line: &str| -> Option<f64> {
+        let inside = line.strip_prefix('(')?.split_once(')')?.0;
+        Some(inside.parse::<f64>().ok()? * 1e3)
+    };
+    let froze = log
+        .lines()
+        .find(|line| line.contains("Seized task"))
+        .and_then(stamp);
+    let ended = log.lines().rev().find_map(stamp);
+    let times = froze.zip(ended);
+    let (froze, ended) = times.context("CRIU's log does not tell when it froze the target")?;
+    Ok(ended - froze)
+}
+
+/// Processor time of everything on a host so far, in seconds.
+fn cpu(host: &Host) -> Result<f64> {
+    let stat = host.read_file("/sys/fs/cgroup/cpu.stat")?;
+    let stat = String::from_utf8_lossy(&stat);
+    stat.lines()
+        .find_map(|line| line.strip_prefix("usage_usec "))
+        .and_then(|number| number.trim().parse::<f64>().ok())
+        .map(|microseconds| microseconds / 1e6)
+        .context("no usage_usec in the cpu.stat of a host")
+}
