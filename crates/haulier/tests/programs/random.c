@@ -136,6 +136,22 @@ static void resize(struct region *r)
     r->pages = pages;
 }
 
+/*
+ * From Linux 6.17 on one mremap moves several areas in turn, and fails in the middle at one that a
+ * userfaultfd is registered for. What it has moved by then is fetched back.
+ */
+static void move_back(struct region *r, char *at)
+{
+    unsigned char present;
+    for (long page = 0; page < r->pages; page++) {
+        char *from = at + page * PAGE, *to = r->at + page * PAGE;
+        if (mincore(to, PAGE, &present) == 0)
+            continue;
+        must(mremap(from, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to, "mremap back", r - regions, page);
+    }
+    munmap(at, r->pages * PAGE);
+}
+
 /* To a place that was just freed, maybe by another region. */
 static void move(struct region *r)
 {
@@ -143,7 +159,7 @@ static void move(struct region *r)
     must(at != MAP_FAILED, "mmap", r - regions, r->pages);
     char *there = mremap(r->at, r->pages * PAGE, r->pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, at);
     if (there == MAP_FAILED)
-        munmap(at, r->pages * PAGE);
+        move_back(r, at);
     else
         r->at = there;
 }
