@@ -216,7 +216,6 @@ fn disks_may_fail() {
         source_crashes: 1,
         destination_crashes: 1,
         cuts: 1,
-        source_failures: 1,
         destination_failures: 1,
         bad_records: 1,
         ..Budget::default()
@@ -232,7 +231,6 @@ fn disks_may_fail() {
 #[test]
 fn hosts_may_lose_their_power() {
     assert_holds(Budget {
-        source_crashes: 1,
         destination_crashes: 1,
         cuts: 1,
         source_power: 1,
