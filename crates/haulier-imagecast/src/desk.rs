@@ -18,6 +18,9 @@ use crate::outbox::{Frame, Item, Outbox};
 
 /// How often those who wait look whether they still should.
 const LOOK: Duration = Duration::from_millis(100);
+/// Least bytes of either kind: the cache acknowledges in steps, and a window smaller than a step would
+/// wait for ever.
+const LEAST: usize = 4 << 20;
 /// Dumps that are remembered after they are settled.
 const REMEMBERED: usize = 256;
 
@@ -503,7 +506,8 @@ impl DeskState {
 
 /// Half of the memory for what waits, half for what the cache may not have yet.
 fn outbox(memory: usize) -> Outbox {
-    Outbox::new(memory / 2, memory / 2)
+    let half = (memory / 2).max(LEAST);
+    Outbox::new(half, half)
 }
 
 fn gone() -> DumpFailed {

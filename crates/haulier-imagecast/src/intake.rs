@@ -18,7 +18,9 @@ use crate::store::{End, Image, Key, Piece, State, Store, StoreError};
 /// Most snapshots of a session that are not settled.
 const MOST_SNAPSHOTS: usize = 1024;
 /// Most images of a session that are under way.
-const MOST_OPEN: usize = 1 << 16;
+const MOST_OPEN: usize = 8192;
+/// What an image under way counts for beside its contents: the state of its hash.
+const OPEN_COST: u64 = 4096;
 /// Most pages that a frame may stand for.
 pub(crate) const MOST_PAGES: u64 = 1024;
 
@@ -26,6 +28,13 @@ pub(crate) const MOST_PAGES: u64 = 1024;
 #[derive(Debug, Error)]
 #[error("the image-proxy broke the protocol: {0}")]
 pub(crate) struct Violation(String);
+
+impl Violation {
+    /// A frame of a kind that is not due.
+    pub(crate) fn kind(kind: Kind) -> Violation {
+        Violation(format!("a {kind:?} frame"))
+    }
+}
 
 /// A session's side of the cache.
 #[derive(Debug)]
@@ -54,11 +63,24 @@ struct Incoming {
 #[derive(Debug)]
 struct Open {
     snapshot: u64,
-    /// `None` if the snapshot was refused meanwhile: what still comes of it is passed over.
-    image: Option<Arc<Image>>,
     name: ImageName,
+    /// `None` if the snapshot was refused: what still comes of it is passed over.
+    wanted: Option<Wanted>,
+}
+
+/// An image that is kept.
+#[derive(Debug)]
+struct Wanted {
+    store: Arc<Store>,
+    image: Arc<Image>,
     length: u64,
     hasher: Hasher,
+}
+
+impl Drop for Wanted {
+    fn drop(&mut self) {
+        self.store.pool().release(OPEN_COST);
+    }
 }
 
 #[derive(Debug)]
@@ -208,27 +230,37 @@ impl Intake {
         snapshot.open += 1;
         let wanted = snapshot.said.is_none();
         let key = snapshot.key.clone();
-        let mut image = None;
+        let mut open = Open {
+            snapshot: header.snapshot,
+            name,
+            wanted: None,
+        };
         if wanted {
-            match self.store.add(&key, &name) {
-                Ok(added) => image = Some(added),
+            match self.want(&key, &open.name) {
+                Ok(wanted) => open.wanted = Some(wanted),
                 Err(error) => self.refuse(header.snapshot, &error.to_string()),
             }
         }
+        self.images.insert(header.number, open);
+        Ok(())
+    }
+
+    fn want(&self, key: &Key, name: &ImageName) -> Result<Wanted, StoreError> {
+        self.store.pool().charge(OPEN_COST)?;
         let hasher = if name.is_of_pages() {
             Hasher::Pages(Box::default())
         } else {
             Hasher::Plain(Box::default())
         };
-        let open = Open {
-            snapshot: header.snapshot,
-            image,
-            name,
+        // Made first: it gives the charge back.
+        let mut wanted = Wanted {
+            store: Arc::clone(&self.store),
+            image: Arc::new(Image::new(self.store.pool())),
             length: 0,
             hasher,
         };
-        self.images.insert(header.number, open);
-        Ok(())
+        wanted.image = self.store.add(key, name)?;
+        Ok(wanted)
     }
 
     fn data(&mut self, body: &[u8]) -> Result<(), Trouble> {
@@ -240,11 +272,11 @@ impl Intake {
             return Err(violation(format!("data for image {number:#x}")));
         };
         let snapshot = open.snapshot;
-        let Some(image) = open.image.clone() else {
+        let Some(wanted) = &mut open.wanted else {
             return Ok(());
         };
         let paged = number & PAGED != 0;
-        let taken = match (paged, &mut open.hasher) {
+        let taken = match (paged, &mut wanted.hasher) {
             (false, Hasher::Plain(hasher)) => {
                 hasher.update(data);
                 self.store.put(data).map_err(Trouble::from).map(|blob| {
@@ -266,8 +298,8 @@ impl Intake {
             ))),
         };
         let taken = taken.and_then(|pieces| {
-            open.length += pieces.iter().map(Piece::len).sum::<u64>();
-            Ok(self.store.push(&image, pieces)?)
+            wanted.length += pieces.iter().map(Piece::len).sum::<u64>();
+            Ok(self.store.push(&wanted.image, pieces)?)
         });
         self.or_refuse(snapshot, taken)
     }
@@ -278,18 +310,18 @@ impl Intake {
         };
         let snapshot = self.snapshot(open.snapshot)?;
         snapshot.open -= 1;
-        let Some(image) = open.image else {
+        let Some(wanted) = &open.wanted else {
             return Ok(());
         };
-        let hash = match &open.hasher {
+        let hash = match &wanted.hasher {
             Hasher::Plain(hasher) => *hasher.finalize().as_bytes(),
             Hasher::Pages(hasher) => hasher.finalize(),
         };
-        if open.length == end.length && hash[..] == end.blake3 {
-            snapshot.bytes += open.length;
-            image.finish(End::Complete);
+        if wanted.length == end.length && hash[..] == end.blake3 {
+            snapshot.bytes += wanted.length;
+            wanted.image.finish(End::Complete);
         } else {
-            image.finish(End::Failed);
+            wanted.image.finish(End::Failed);
             self.refuse(
                 open.snapshot,
                 &format!("{} was damaged on the way", open.name),
@@ -355,7 +387,7 @@ impl Intake {
     fn refuse(&mut self, number: u64, why: &str) {
         for open in self.images.values_mut() {
             if open.snapshot == number {
-                open.image = None;
+                open.wanted = None;
             }
         }
         let Some(snapshot) = self.snapshots.get_mut(&number) else {

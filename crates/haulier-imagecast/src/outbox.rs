@@ -49,7 +49,7 @@ impl Frame {
 
     /// Bytes that it takes here.
     fn cost(&self) -> usize {
-        HEADER_BYTES + self.head.len() + self.data.len()
+        size_of::<Frame>() + self.head.len() + self.data.len()
     }
 
     /// Sends it.
@@ -92,11 +92,12 @@ pub(crate) enum Item {
 
 impl Item {
     fn cost(&self) -> usize {
-        match self {
+        let more = match self {
             Item::Plain(data) => data.len(),
             Item::Pages { data, hashes } => data.len() + hashes.len() * size_of::<PageHash>(),
-            Item::End { .. } => size_of::<Item>(),
-        }
+            Item::End { .. } => 0,
+        };
+        size_of::<Item>() + more
     }
 }
 

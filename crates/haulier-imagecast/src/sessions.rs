@@ -19,11 +19,12 @@ use crate::message::session::Body;
 use crate::store::Store;
 
 /// Most sessions at once.
-const MOST: usize = 256;
+const MOST: usize = 64;
 /// A connection without a frame is given up after that; TCP notices a dead peer much earlier.
 const IDLE: Duration = Duration::from_secs(24 * 3600);
-/// Bytes after which the proxy is told what came.
+/// Bytes, and frames, after which the proxy is told what came.
 const ACK_BYTES: usize = 1 << 20;
+const ACK_FRAMES: u64 = 1024;
 /// How often the deadlines of lost sessions are looked at.
 pub(crate) const LOOK: Duration = Duration::from_millis(200);
 
@@ -245,7 +246,7 @@ fn take_in(
     stop: &Cancel,
 ) -> Result<(), SessionError> {
     let mut buffer = Vec::new();
-    let mut since_ack = 0;
+    let (mut bytes_since, mut acknowledged) = (0, 0);
     loop {
         stop.wait(IDLE)
             .readable(channel.socket())
@@ -253,6 +254,10 @@ fn take_in(
         // A frame that has begun may not drip.
         let wait = stop.wait(FRAME);
         let header = channel.receive_header(&wait)?;
+        if !is_ours(header.kind) {
+            // Before there is room for its body: other kinds may be longer.
+            return Err(Violation::kind(header.kind).into());
+        }
         let length = header.length as usize;
         if buffer.len() < length {
             buffer.resize(length, 0);
@@ -275,12 +280,25 @@ fn take_in(
         if over {
             return Ok(());
         }
-        since_ack += length;
-        if since_ack >= ACK_BYTES || matches!(header.kind, Kind::ImagesDone | Kind::ImageSession) {
-            since_ack = 0;
+        bytes_since += length;
+        let due = bytes_since >= ACK_BYTES || received - acknowledged >= ACK_FRAMES;
+        if due || matches!(header.kind, Kind::ImagesDone | Kind::ImageSession) {
+            (bytes_since, acknowledged) = (0, received);
             link::send(channel, Body::Ack(Ack { received }), &wait)?;
         }
     }
+}
+
+/// The kinds that a session is made of.
+fn is_ours(kind: Kind) -> bool {
+    matches!(
+        kind,
+        Kind::ImageHeader
+            | Kind::ImageData
+            | Kind::ImageEnd
+            | Kind::ImagesDone
+            | Kind::ImageSession
+    )
 }
 
 fn waiting(channel: &Channel, error: WaitError) -> TransportError {

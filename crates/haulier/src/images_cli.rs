@@ -38,7 +38,7 @@ pub(crate) struct ImageProxy {
     command: Option<ProxyCommand>,
     #[command(flatten)]
     connection: Connection,
-    /// Most memory for images that are under way
+    /// Most memory for images that are under way, 8 MiB at least
     #[arg(long, value_name = "SIZE", default_value = "256MiB")]
     max_memory: ByteSize,
 }

@@ -206,6 +206,27 @@ fn a_java_program_is_restored_by_a_restore_that_was_first() {
 }
 
 #[test]
+fn the_connection_may_be_handed_over_as_a_descriptor() {
+    let cast = Cast::new();
+    let counter = cast.counter(16);
+    let _cache = cast.cache(&[]);
+    let restore = cast.restore("/srv/images", &[]).spawn_captured().unwrap();
+    let (host, port) = (cast.stage.host(2).ipv4(), cast::PORT);
+    // Bash connects, the proxy inherits.
+    let line = format!(
+        "exec 5<>/dev/tcp/{host}/{port}; \
+         exec {} image-proxy --connection-fd 5 --dir /srv/images",
+        cast::HAULIER
+    );
+    let proxy = cast.stage.host(1).command("bash").args(["-c", &line]);
+    let proxy = proxy.spawn_captured().unwrap();
+    proxy.wait_for_output("connected to", LONG).unwrap();
+    cast.dumped(cast.dump_with_vote(counter.pid, &[]).output(LONG).unwrap());
+    cast.restored(restore.finish(LONG).unwrap());
+    counter.goes_on();
+}
+
+#[test]
 fn thirty_two_trees_are_dumped_at_once_through_one_proxy_into_one_cache() {
     const TREES: usize = 32;
     let cast = Cast::new();

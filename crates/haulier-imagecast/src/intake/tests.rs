@@ -249,13 +249,20 @@ fn what_is_not_complete_when_the_session_is_lost_fails_and_what_is_held_stays() 
 
 #[test]
 fn nothing_that_is_sent_takes_more_than_the_allowance() {
-    // Names, small data, zero pages, dumps: each without end.
+    // Images under way, names, small data, zero pages, dumps: each without end.
     let mut intake = intake();
+    take(&mut intake, &[begin(9, "a")]).unwrap();
+    let many = (0..).map(|n| header(n, 9, &format!("image-{n}.img")));
+    assert!(take(&mut intake, &many.take(9000).collect::<Vec<_>>()).is_err());
+    assert!(intake.store.pool().used().1 <= MEMORY);
+    intake.lost("enough");
     take(&mut intake, &[begin(1, "a")]).unwrap();
     for number in 0..20_000 {
         let image = header(number, 1, &format!("image-{number}.img"));
         take(&mut intake, &[image]).unwrap();
         take(&mut intake, &[data(number, b"x")]).unwrap();
+        let last = end(number, 1, blake3::hash(b"x").as_bytes());
+        take(&mut intake, &[last]).unwrap();
     }
     assert!(intake.store.pool().used().1 <= MEMORY);
     take(
@@ -273,7 +280,7 @@ fn nothing_that_is_sent_takes_more_than_the_allowance() {
     }
     assert!(intake.store.pool().used().1 <= MEMORY);
     intake.lost("enough");
-    for snapshot in 3..5000 {
+    for snapshot in 10..5000 {
         take(
             &mut intake,
             &[begin(snapshot, "a"), done(snapshot, 0), release(snapshot)],
