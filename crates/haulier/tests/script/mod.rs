@@ -7,7 +7,7 @@ use std::time::Duration;
 use haulier_proto::frame::Kind;
 use haulier_proto::id::{MigrationId, Secret};
 use haulier_proto::message::{
-    self, Begin, Commit, Complete, Failure, Findings, Held, ImagesDone, Offer, Prepared,
+    self, Begin, Commit, Complete, Failure, Findings, Frozen, Held, ImagesDone, Offer, Prepared,
     Requirements, Resumed, Role, RoundEnd, control,
 };
 use haulier_transport::channel::Channel;
@@ -134,6 +134,7 @@ impl Destination {
                 }
             }
         }
+        assert_eq!(incoming.hear(), control::Body::Frozen(Frozen {}));
         let offer = incoming.hear();
         let expected = Offer {
             pages,
