@@ -21,6 +21,8 @@ const LOOK: Duration = Duration::from_millis(100);
 /// Least bytes of either kind: the cache acknowledges in steps, and a window smaller than a step would
 /// wait for ever.
 const LEAST: usize = 4 << 20;
+/// A connection that was up for that long was one, even if nothing came through.
+const LASTING: Duration = Duration::from_secs(1);
 /// Dumps that are remembered after they are settled.
 const REMEMBERED: usize = 256;
 
@@ -84,7 +86,10 @@ struct DeskState {
     /// Counts connections; none if it is down.
     up: Option<u64>,
     connections: u64,
+    up_since: Instant,
     down_since: Instant,
+    /// What the cache had acknowledged when the connection went down last.
+    acknowledged: u64,
     dumps: BTreeMap<u64, Dump>,
     next: u64,
 }
@@ -112,7 +117,9 @@ impl Desk {
             opened: false,
             up: None,
             connections: 0,
+            up_since: Instant::now(),
             down_since: Instant::now(),
+            acknowledged: 0,
             dumps: BTreeMap::new(),
             next: 1,
         };
@@ -307,6 +314,7 @@ impl Desk {
         state.connections += 1;
         let connection = state.connections;
         state.up = Some(connection);
+        state.up_since = Instant::now();
         drop(state);
         self.changed.notify_all();
         Some(connection)
@@ -317,7 +325,12 @@ impl Desk {
         let mut state = self.state();
         if state.up == Some(connection) {
             state.up = None;
-            state.down_since = Instant::now();
+            let acknowledged = state.outbox.acknowledged();
+            // One that came back only to break at once, with nothing through, has not been back.
+            if acknowledged != state.acknowledged || state.up_since.elapsed() >= LASTING {
+                state.down_since = Instant::now();
+            }
+            state.acknowledged = acknowledged;
         }
         drop(state);
         self.changed.notify_all();

@@ -300,6 +300,11 @@ impl Outbox {
         true
     }
 
+    /// Frames that the cache has said it has.
+    pub(crate) fn acknowledged(&self) -> u64 {
+        self.acknowledged
+    }
+
     /// A new connection goes on where the cache says. False if that cannot be.
     pub(crate) fn resume(&mut self, received: u64) -> bool {
         // All that was made may have arrived, whatever the connection before knew of it.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc;
@@ -405,4 +405,66 @@ fn a_reader_that_goes_away_or_asks_nonsense_harms_no_other() {
     let mut answer = Vec::new();
     assert_eq!(outside.read_to_end(&mut answer).unwrap_or(0), 0);
     assert!(right(1, &cache.restore("", 0, &NAMES).unwrap()));
+}
+
+/// A way to the cache that breaks after so many bytes, each time, until it is left alone.
+fn fragile_way(to: String, bytes: u64, breaks: usize) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    thread::spawn(move || {
+        for number in 0.. {
+            let (Ok((mut near, _)), Ok(mut far)) = (listener.accept(), TcpStream::connect(&to))
+            else {
+                return;
+            };
+            let limit = if number < breaks { bytes } else { u64::MAX };
+            let (mut back_from, mut back_to) =
+                (far.try_clone().unwrap(), near.try_clone().unwrap());
+            let back = thread::spawn(move || io::copy(&mut back_from, &mut back_to));
+            // The rest of what is on its way is lost with the connection.
+            let _ = io::copy(&mut (&mut near).take(limit), &mut far);
+            let _ = near.shutdown(Shutdown::Both);
+            let _ = far.shutdown(Shutdown::Both);
+            let _ = back.join();
+        }
+    });
+    address
+}
+
+#[test]
+fn dumps_go_on_over_connections_that_break_again_and_again() {
+    const BREAKS: usize = 4;
+    let cache = Running::cache(Way::Listen("127.0.0.1:0".to_owned()), 3, |_| {});
+    let way = fragile_way(cache.address.clone().unwrap(), 1_500_000, BREAKS);
+    let proxy = Running::proxy(Way::To(way), 3, |_| {});
+    thread::scope(|scope| {
+        for target in 0..3 {
+            let (cache, proxy) = (&cache, &proxy);
+            scope.spawn(move || {
+                let seed = target as u8 + 1;
+                let dump = proxy.dump(target, &images(seed)).unwrap();
+                assert_eq!(proxy.wait(target), Ok(1));
+                drop(dump);
+                assert!(right(seed, &cache.restore("", target, &NAMES).unwrap()));
+            });
+        }
+    });
+}
+
+#[test]
+fn a_link_that_lets_nothing_through_fails_the_dump_and_the_restore() {
+    let cache = Running::cache(Way::Listen("127.0.0.1:0".to_owned()), 1, |options| {
+        options.reconnect = Duration::from_secs(1);
+    });
+    let way = fragile_way(cache.address.clone().unwrap(), 100_000, usize::MAX);
+    // It comes back every time, and nothing gets through.
+    let proxy = Running::proxy(Way::To(way), 1, |options| {
+        options.reconnect = Duration::from_secs(1);
+    });
+    thread::scope(|scope| {
+        let restore = scope.spawn(|| cache.restore("1", 0, &NAMES));
+        let dump = proxy.dump(0, &images(1));
+        assert!(proxy.wait(0).is_err(), "{dump:?}");
+        assert!(restore.join().unwrap().is_err());
+    });
 }
