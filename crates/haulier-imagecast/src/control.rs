@@ -96,7 +96,7 @@ pub struct Delivered {
     pub images: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// The bytes that were sent for them, if it was a proxy that was asked.
+    /// The bytes that were sent for them (before compression), if it was a proxy that was asked.
     pub sent: u64,
 }
 

@@ -18,8 +18,7 @@ use crate::outbox::{Frame, Item, Outbox};
 
 /// How often those who wait look whether they still should.
 const LOOK: Duration = Duration::from_millis(100);
-/// Least bytes of either kind: the cache acknowledges in steps, and a window smaller than a step would
-/// wait for ever.
+/// Least bytes of either kind: some frames, so that neither side waits for the other after each.
 const LEAST: usize = 4 << 20;
 /// A connection that was up for that long was one, even if nothing came through.
 const LASTING: Duration = Duration::from_secs(1);

@@ -10,6 +10,7 @@ use haulier_proto::frame::Kind;
 use haulier_proto::message::{ImageEnd, ImageHeader, ImagesDone, decode};
 use thiserror::Error;
 
+use crate::compress::{self, COMPRESSED};
 use crate::history::{BANK_COST, Bank};
 use crate::message::session::Body;
 use crate::message::{self, Abort, Begin, Held, Refused, Release};
@@ -219,7 +220,7 @@ impl Intake {
 
     fn header(&mut self, header: &ImageHeader) -> Result<(), Trouble> {
         let name = ImageName::new(&header.name).map_err(|e| violation(e.to_string()))?;
-        if header.number & PAGED != 0 || self.images.contains_key(&header.number) {
+        if header.number & (PAGED | COMPRESSED) != 0 || self.images.contains_key(&header.number) {
             return Err(violation(format!("image number {}", header.number)));
         }
         if self.images.len() >= MOST_OPEN {
@@ -268,12 +269,19 @@ impl Intake {
             return Err(violation("image data without a number"));
         };
         let number = u32::from_le_bytes(*number);
-        let Some(open) = self.images.get_mut(&(number & !PAGED)) else {
+        let Some(open) = self.images.get_mut(&(number & !(PAGED | COMPRESSED))) else {
             return Err(violation(format!("data for image {number:#x}")));
         };
         let snapshot = open.snapshot;
         let Some(wanted) = &mut open.wanted else {
             return Ok(());
+        };
+        let decompressed;
+        let data = if number & COMPRESSED != 0 {
+            decompressed = compress::decompress(data).map_err(violation)?;
+            &decompressed[..]
+        } else {
+            data
         };
         let paged = number & PAGED != 0;
         let taken = match (paged, &mut wanted.hasher) {

@@ -10,6 +10,7 @@
 
 pub mod cache;
 mod capture;
+pub mod compress;
 pub mod control;
 mod desk;
 mod directory;

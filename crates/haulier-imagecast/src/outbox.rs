@@ -14,6 +14,7 @@ use haulier_transport::error::TransportError;
 use haulier_transport::wait::Wait;
 use prost::Message;
 
+use crate::compress::{self, COMPRESSED, Compression};
 use crate::history::Known;
 use crate::message::session::Body;
 use crate::message::{self, Abort, Begin, Release, Session};
@@ -53,10 +54,33 @@ impl Frame {
     }
 
     /// Sends it.
-    pub(crate) fn send(&self, channel: &mut Channel, wait: &Wait) -> Result<(), TransportError> {
+    pub(crate) fn send(
+        &self,
+        compression: Compression,
+        channel: &mut Channel,
+        wait: &Wait,
+    ) -> Result<(), TransportError> {
+        if let Some((number, small)) = self.compressed(compression) {
+            return channel.send(self.kind, &[&number.to_le_bytes(), &small], wait);
+        }
         let mut parts: Vec<&[u8]> = vec![&self.head];
         parts.extend(self.parts.iter().map(|part| &self.data[part.clone()]));
         channel.send(self.kind, &parts, wait)
+    }
+
+    /// Image data in fewer bytes, with the number that leads it; `None` if it goes as it is.
+    fn compressed(&self, how: Compression) -> Option<(u32, Vec<u8>)> {
+        if self.kind != Kind::ImageData || how == Compression::None {
+            return None;
+        }
+        let (number, head) = self.head.split_first_chunk::<4>()?;
+        let mut all = Vec::with_capacity(self.length());
+        all.extend_from_slice(head);
+        for part in &self.parts {
+            all.extend_from_slice(&self.data[part.clone()]);
+        }
+        let small = compress::compress(how, &all)?;
+        Some((u32::from_le_bytes(*number) | COMPRESSED, small))
     }
 
     #[cfg(test)]
@@ -187,8 +211,8 @@ impl Outbox {
         outgoing.images += 1;
         outgoing.open += 1;
         let number = self.next_image;
-        // Far more images than any session has; the upper bit has a meaning of its own.
-        self.next_image = (number + 1) & !runs::PAGED;
+        // Far more images than any session has; the upper bits have meanings of their own.
+        self.next_image = (number + 1) & !(runs::PAGED | COMPRESSED);
         let header = ImageHeader {
             number,
             name: name.as_str().to_owned(),

@@ -17,6 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 
 use crate::capture;
+use crate::compress::Compression;
 use crate::control::{self, CONTROL_SOCKET, ControlError, Delivered, Reply, Request};
 use crate::desk::{Desk, DumpFailed};
 use crate::directory::explain;
@@ -46,6 +47,8 @@ pub struct Options {
     pub targets: Vec<(ImageName, PathBuf)>,
     /// Most memory for images, in bytes.
     pub max_memory: usize,
+    /// How image data is compressed on its way.
+    pub compression: Compression,
     /// How long the cache may be out of reach before dumps fail.
     pub reconnect: Duration,
     /// What both sides know.
@@ -124,7 +127,13 @@ pub fn run(
             }
         };
         spawn("deadlines", Box::new(watch))?;
-        let result = links(&mut connector, &desk, &options.me, &options.key, stop);
+        let side = Side {
+            desk: &desk,
+            me: &options.me,
+            key: &options.key,
+            compression: options.compression,
+        };
+        let result = links(&mut connector, &side, stop);
         if result.is_err() {
             stop.cancel();
         }
@@ -142,19 +151,22 @@ pub fn wait(directory: &Path, taken: bool, wait: &Wait) -> Result<Delivered, Con
     control::ask_to(directory, &Request::Wait { taken }, wait)
 }
 
+/// What every connection to the cache needs.
+struct Side<'a> {
+    desk: &'a Desk,
+    me: &'a Identity,
+    key: &'a Key,
+    compression: Compression,
+}
+
 /// Keeps a connection to the cache until stopped.
-fn links(
-    connector: &mut Connector,
-    desk: &Desk,
-    me: &Identity,
-    key: &Key,
-    stop: &Cancel,
-) -> Result<(), ProxyError> {
+fn links(connector: &mut Connector, side: &Side<'_>, stop: &Cancel) -> Result<(), ProxyError> {
+    let desk = side.desk;
     let mut said = String::new();
     while !stop.is_cancelled() {
         let ended = connector
             .next(&stop.wait(Duration::from_secs(3600)))
-            .and_then(|channel| link(channel, desk, me, key, stop));
+            .and_then(|channel| link(channel, side, stop));
         if stop.is_cancelled() {
             return Ok(());
         }
@@ -182,16 +194,11 @@ fn links(
 }
 
 /// A connection from its greeting to its end.
-fn link(
-    mut channel: Channel,
-    desk: &Desk,
-    me: &Identity,
-    key: &Key,
-    stop: &Cancel,
-) -> Result<(), LinkError> {
+fn link(mut channel: Channel, side: &Side<'_>, stop: &Cancel) -> Result<(), LinkError> {
+    let desk = side.desk;
     let (session, resume) = desk.session();
     let wait = stop.wait(link::GREETING);
-    let received = link::open(&mut channel, me, key, &session, resume, &wait)?;
+    let received = link::open(&mut channel, side.me, side.key, &session, resume, &wait)?;
     let Some(connection) = desk.connected(received) else {
         desk.lost("the image-cache speaks of another session");
         return Ok(());
@@ -207,7 +214,7 @@ fn link(
                 ended
             })
             .map_err(LinkError::Accept)?;
-        let sent = send(&mut channel, desk, connection);
+        let sent = send(&mut channel, side, connection);
         if stop.is_cancelled() && sent.is_ok() {
             let bye = link::send(
                 &mut channel,
@@ -227,9 +234,9 @@ fn link(
 }
 
 /// Sends what there is to send.
-fn send(channel: &mut Channel, desk: &Desk, connection: u64) -> Result<(), LinkError> {
-    while let Some(frame) = desk.next_frame(connection) {
-        frame.send(channel, &Wait::uncancellable(FRAME))?;
+fn send(channel: &mut Channel, side: &Side<'_>, connection: u64) -> Result<(), LinkError> {
+    while let Some(frame) = side.desk.next_frame(connection) {
+        frame.send(side.compression, channel, &Wait::uncancellable(FRAME))?;
     }
     Ok(())
 }

@@ -246,8 +246,18 @@ fn take_in(
     stop: &Cancel,
 ) -> Result<(), SessionError> {
     let mut buffer = Vec::new();
-    let (mut bytes_since, mut acknowledged) = (0, 0);
+    let (mut bytes_since, mut acknowledged) = (0, slot.state().intake.received());
+    let mut received = acknowledged;
     loop {
+        // Before it waits, whatever its window is, the proxy is told.
+        let nothing = stop
+            .wait(Duration::ZERO)
+            .readable(channel.socket())
+            .is_err();
+        if nothing && received > acknowledged {
+            (bytes_since, acknowledged) = (0, received);
+            link::send(channel, Body::Ack(Ack { received }), &stop.wait(FRAME))?;
+        }
         stop.wait(IDLE)
             .readable(channel.socket())
             .map_err(|error| waiting(channel, error))?;
@@ -264,15 +274,17 @@ fn take_in(
         }
         let body = &mut buffer[..length];
         channel.receive_body(&header, &mut [&mut *body], &wait)?;
-        let (answers, received, over) = {
+        let (answers, over);
+        {
             let mut state = slot.state();
             if slot.turn.load(Ordering::SeqCst) != turn {
                 return Err(SessionError::Replaced);
             }
             state.intake.frame(header.kind, body)?;
-            let answers = state.intake.answers();
-            (answers, state.intake.received(), state.intake.is_over())
-        };
+            answers = state.intake.answers();
+            received = state.intake.received();
+            over = state.intake.is_over();
+        }
         let wait = stop.wait(FRAME);
         for answer in answers {
             link::send(channel, answer, &wait)?;
@@ -281,8 +293,7 @@ fn take_in(
             return Ok(());
         }
         bytes_since += length;
-        let due = bytes_since >= ACK_BYTES || received - acknowledged >= ACK_FRAMES;
-        if due || matches!(header.kind, Kind::ImagesDone | Kind::ImageSession) {
+        if bytes_since >= ACK_BYTES || received - acknowledged >= ACK_FRAMES {
             (bytes_since, acknowledged) = (0, received);
             link::send(channel, Body::Ack(Ack { received }), &wait)?;
         }

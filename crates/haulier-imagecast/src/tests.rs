@@ -14,6 +14,7 @@ use haulier_sys::wait::{Cancel, Wait};
 use haulier_transport::greeting::Identity;
 use tempfile::TempDir;
 
+use crate::compress::Compression;
 use crate::link::{Key, Way};
 use crate::store::INVENTORY;
 use crate::stream::{CAPTURE_SOCKET, SERVE_SOCKET, criu};
@@ -90,6 +91,7 @@ impl Running {
             targets: targets(count, &home),
             // As little as there may be.
             max_memory: 0,
+            compression: Compression::None,
             reconnect: LONG,
             key: Key::from_secret(b""),
             me: me(),
@@ -467,4 +469,17 @@ fn a_link_that_lets_nothing_through_fails_the_dump_and_the_restore() {
         assert!(proxy.wait(0).is_err(), "{dump:?}");
         assert!(restore.join().unwrap().is_err());
     });
+}
+
+#[test]
+fn compressed_images_arrive_as_they_were() {
+    let cache = Running::cache(Way::Listen("127.0.0.1:0".to_owned()), 1, |_| {});
+    for (seed, compression) in [(1, Compression::Lz4), (2, Compression::Zstd)] {
+        let proxy = Running::proxy(cache.reach(), 1, |options| {
+            options.compression = compression;
+        });
+        drop(proxy.dump(0, &images(seed)).unwrap());
+        proxy.wait(0).unwrap();
+        assert!(right(seed, &cache.restore("", 0, &NAMES).unwrap()));
+    }
 }

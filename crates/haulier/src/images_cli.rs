@@ -11,6 +11,7 @@ use bytesize::ByteSize;
 use clap::{Args, Subcommand};
 use haulier::SOFTWARE;
 use haulier::interrupt::cancel_on_signals;
+use haulier_imagecast::compress::Compression;
 use haulier_imagecast::control::Listing;
 use haulier_imagecast::link::{Key, Way};
 use haulier_imagecast::{cache, proxy};
@@ -41,6 +42,9 @@ pub(crate) struct ImageProxy {
     /// Most memory for images that are under way, 8 MiB at least
     #[arg(long, value_name = "SIZE", default_value = "256MiB")]
     max_memory: ByteSize,
+    /// How images are compressed on their way: none, lz4 or zstd
+    #[arg(long, value_name = "HOW", default_value_t)]
+    compress: Compression,
 }
 
 #[derive(Debug, Subcommand)]
@@ -222,6 +226,7 @@ pub(crate) fn image_proxy(arguments: &ImageProxy) -> anyhow::Result<()> {
         way,
         targets: arguments.connection.dir.clone(),
         max_memory: usize::try_from(arguments.max_memory.as_u64())?,
+        compression: arguments.compress,
         reconnect: arguments.connection.reconnect,
         key: arguments.connection.key()?,
         me: me(),
@@ -375,7 +380,7 @@ mod tests {
         let parse = |line: &str| Cli::try_parse_from(line.split(' ')).map(drop);
         for good in [
             "haulier image-proxy --to web2:7001 --dir /run/dump",
-            "haulier image-proxy --listen 0.0.0.0:7001 --dir a=/x --dir b=/y --max-memory 1GiB",
+            "haulier image-proxy --listen 0.0.0.0:7001 --dir a=/x --dir b=/y --max-memory 1GiB --compress lz4",
             "haulier image-proxy --connection-fd 3 --dir /run/dump --reconnect 5s",
             "haulier image-proxy wait --dir /run/dump --taken",
             "haulier image-cache --listen [::]:7001 --dir /run/restore --spill /var/tmp",

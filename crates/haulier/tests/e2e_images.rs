@@ -37,7 +37,7 @@ fn a_redis_comes_back_with_its_data_and_nothing_is_left_on_disk() {
     let redis = cast.redis(64);
     let _cache = cast.cache(&[]);
     let restore = cast.restore("/srv/images", &[]).spawn_captured().unwrap();
-    let _proxy = cast.proxy(&[]);
+    let _proxy = cast.proxy(&["--compress", "lz4"]);
 
     let dump = cast.dump_with_vote(redis, &[]).output(LONG).unwrap();
     let said = cast.dumped(dump);
