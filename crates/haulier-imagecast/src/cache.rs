@@ -16,8 +16,8 @@ use thiserror::Error;
 use crate::control::{self, ControlError, Delivered, Listing, Reply, Request};
 use crate::front::Front;
 use crate::link::{Connector, Key, LinkError, Way};
-use crate::local::LocalError;
-use crate::sessions::{self, SessionError, Sessions};
+use crate::local::{self, LocalError};
+use crate::sessions::{self, Greeting, SessionError, Sessions};
 use crate::store::{Pool, Store, StoreError};
 
 /// How long a cache that connects waits before it tries again.
@@ -131,20 +131,30 @@ fn links<'scope>(
         let wait = stop.wait(Duration::from_secs(3600));
         match (connector.next(&wait), &*connector) {
             (Ok(channel), Connector::Listen(_)) => {
-                if sessions.has_room() {
+                // Whoever finds no room tries again.
+                if let Some(greeting) = sessions.admit() {
                     let stop = stop.clone();
-                    spawn(scope, "session", move || serve(sessions, channel, &stop))?;
+                    let work = move || serve(sessions, channel, greeting, &stop);
+                    spawn(scope, "session", work)?;
                 }
             }
             (Ok(channel), Connector::To(_)) => {
-                serve(sessions, channel, stop);
+                if let Some(greeting) = sessions.admit() {
+                    serve(sessions, channel, greeting, stop);
+                }
                 pause(stop);
             }
             (Ok(channel), Connector::Given(_)) => {
-                serve(sessions, channel, stop);
+                if let Some(greeting) = sessions.admit() {
+                    serve(sessions, channel, greeting, stop);
+                }
                 // Nobody can come back: what is not complete will never be.
                 sessions.expire(true);
                 wait_for_end(stop);
+            }
+            (Err(LinkError::Accept(error)), _) if local::passes(&error) => {
+                tracing::warn!("no connection can be taken: {error}");
+                pause(stop);
             }
             (Err(LinkError::Accept(error)), _) => return Err(CacheError::System(error)),
             (Err(LinkError::Nobody), _) => {}
@@ -158,8 +168,8 @@ fn links<'scope>(
     Ok(())
 }
 
-fn serve(sessions: &Sessions, channel: Channel, stop: &Cancel) {
-    match sessions.serve(channel, stop) {
+fn serve(sessions: &Sessions, channel: Channel, greeting: Greeting<'_>, stop: &Cancel) {
+    match sessions.serve(channel, greeting, stop) {
         Ok(()) | Err(SessionError::Replaced) => {}
         Err(error) if !stop.is_cancelled() => {
             tracing::warn!("{}", crate::directory::explain(&error));

@@ -3,12 +3,16 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
 
+/// How long to wait when the system is out of descriptors or memory.
+const RETRY: Duration = Duration::from_millis(50);
 /// Longest path that fits an address of a socket.
 const LONGEST: usize = 107;
 
@@ -86,9 +90,22 @@ impl LocalListener {
         match rustix::net::accept_with(&self.socket, flags) {
             Ok(socket) => Ok(Some(socket)),
             Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
+            Err(errno) if passes(&errno.into()) => {
+                // It stays readable: not to be asked again at once.
+                thread::sleep(RETRY);
+                Ok(None)
+            }
             Err(errno) => Err(errno.into()),
         }
     }
+}
+
+/// Whether the system was out of something that others may give back.
+pub(crate) fn passes(error: &io::Error) -> bool {
+    let passing = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
+    error
+        .raw_os_error()
+        .is_some_and(|code| passing.iter().any(|errno| errno.raw_os_error() == code))
 }
 
 impl Drop for LocalListener {

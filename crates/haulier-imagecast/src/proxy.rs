@@ -22,7 +22,7 @@ use crate::control::{self, CONTROL_SOCKET, ControlError, Delivered, Reply, Reque
 use crate::desk::{Desk, DumpFailed};
 use crate::directory::explain;
 use crate::link::{self, Connector, FRAME, Key, LinkError, Way};
-use crate::local::{LocalError, LocalListener};
+use crate::local::{self, LocalError, LocalListener};
 use crate::message::Bye;
 use crate::message::session::Body;
 use crate::stream::{CAPTURE_SOCKET, Connection};
@@ -172,7 +172,9 @@ fn links(connector: &mut Connector, side: &Side<'_>, stop: &Cancel) -> Result<()
         }
         let error = match ended {
             Ok(()) => continue,
-            Err(LinkError::Accept(error)) => return Err(ProxyError::System(error)),
+            Err(LinkError::Accept(error)) if !local::passes(&error) => {
+                return Err(ProxyError::System(error));
+            }
             Err(error) => error,
         };
         if let LinkError::Denied { unknown: true, .. } = error {

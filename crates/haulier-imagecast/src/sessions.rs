@@ -77,6 +77,15 @@ struct SlotState {
     lost: Option<Instant>,
 }
 
+/// A connection's place among those that have not greeted yet.
+pub(crate) struct Greeting<'a>(&'a AtomicU64);
+
+impl Drop for Greeting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 /// Most connections that have not greeted yet.
 const MOST_GREETING: u64 = 32;
 
@@ -92,16 +101,22 @@ impl Sessions {
         }
     }
 
-    /// Whether another connection may greet.
-    pub(crate) fn has_room(&self) -> bool {
-        self.greeting.load(Ordering::SeqCst) < MOST_GREETING
+    /// Lets another connection greet, if there is room for one.
+    pub(crate) fn admit(&self) -> Option<Greeting<'_>> {
+        let before = self.greeting.fetch_add(1, Ordering::SeqCst);
+        let greeting = Greeting(&self.greeting);
+        (before < MOST_GREETING).then_some(greeting)
     }
 
     /// Serves a connection until it ends. Whether it ended the session.
-    pub(crate) fn serve(&self, mut channel: Channel, stop: &Cancel) -> Result<(), SessionError> {
-        self.greeting.fetch_add(1, Ordering::SeqCst);
+    pub(crate) fn serve(
+        &self,
+        mut channel: Channel,
+        greeting: Greeting<'_>,
+        stop: &Cancel,
+    ) -> Result<(), SessionError> {
         let greeted = self.greet(&mut channel, stop);
-        self.greeting.fetch_sub(1, Ordering::SeqCst);
+        drop(greeting);
         let (id, slot, turn) = greeted?;
         let peer = channel.peer().to_owned();
         let ended = take_in(&slot, turn, &mut channel, stop);

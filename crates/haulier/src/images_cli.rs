@@ -57,7 +57,15 @@ CRIU's own exit code does not tell whether the images were delivered. A script f
 --action-script that runs \"haulier image-proxy wait\" does, in time for CRIU to let the process live
 otherwise:
   #!/bin/sh
-  exec haulier image-proxy wait";
+  exec haulier image-proxy wait
+With --leave-running it is needed even if nobody cares for the delivery (then with --taken): CRIU lets the
+process go on, and write, while its last pages are still being read.
+
+Example: a restore that waits for its dump
+  web2# haulier image-cache --listen 10.0.0.2:7001 --dir /run/restore
+  web2# criu restore --stream -D /run/restore
+  web1# haulier image-proxy --to 10.0.0.2:7001 --dir /run/dump
+  web1# criu dump --stream -D /run/dump -t PID --action-script ./vote.sh";
 
 /// Wait until the images of the newest dump are delivered, and fail if they will not be
 ///
