@@ -25,8 +25,8 @@ use crate::settings::{Cli, Measure, Options, Settings};
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
-        Measure::Memory(options) => measure(options, Bench::run),
-        Measure::Images(options) => measure(options, Bench::run_images),
+        Measure::Memory(options) => measure(options, Bench::touched, Bench::run),
+        Measure::Images(options) => measure(options, Bench::touched_by_images, Bench::run_images),
         Measure::Announce { address } => network::announce(&address).map_err(Into::into),
     };
     match done {
@@ -38,12 +38,16 @@ fn main() -> ExitCode {
     }
 }
 
-fn measure(options: Options, run: fn(&mut Bench) -> Result<()>) -> Result<()> {
+fn measure(
+    options: Options,
+    touched: fn(&Bench) -> u64,
+    run: fn(&mut Bench) -> Result<()>,
+) -> Result<()> {
     let _awake = Awake::keep()?;
     let settings = Settings::new(options)?;
     let record = Record::new(settings.json.clone(), sections::machine(&settings));
     let mut bench = Bench { settings, record };
-    stage::touch(bench.touched())?;
+    stage::touch(touched(&bench))?;
     run(&mut bench)?;
     print!("{}", tables::all(&bench.record));
     println!("\nRaw figures: {}", bench.settings.json.display());

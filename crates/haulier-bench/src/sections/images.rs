@@ -8,6 +8,7 @@ use haulier_lab::{Captured, Host, HostCommand, Output, Signal};
 
 use crate::record::Run;
 use crate::sections::{Bench, LINKS, Link};
+use crate::settings::Settings;
 use crate::stage::{Stage, sent_bytes, start_threads};
 
 pub(crate) const NAME: &str = "images";
@@ -41,22 +42,35 @@ impl Way {
 
 /// Measures every case asked for.
 pub(crate) fn run(bench: &mut Bench) -> Result<()> {
-    let sizes: &[u64] = if bench.settings.quick {
+    for (case, link, way, memory) in cases(&bench.settings) {
+        case_runs(bench, &case, link, way, memory)?;
+    }
+    Ok(())
+}
+
+/// Memory that is in use at the same time, at most: the target and its images, at both hosts.
+pub(crate) fn touched(settings: &Settings) -> u64 {
+    let largest = cases(settings).into_iter().map(|(.., memory)| memory).max();
+    4 * largest.unwrap_or(0)
+}
+
+fn cases(settings: &Settings) -> Vec<(String, Link, Way, u64)> {
+    let sizes: &[u64] = if settings.quick {
         &[64, 256]
     } else {
         &[64, 1024, 4096]
     };
+    let mut cases = Vec::new();
     for link in LINKS {
         for mib in sizes {
             for way in Way::ALL {
                 let case = format!("{NAME}/{}/{mib}-MiB/{}", link.name, way.name());
-                if bench.settings.wants(&case) {
-                    case_runs(bench, &case, link, way, mib << 20)?;
-                }
+                cases.push((case, link, way, mib << 20));
             }
         }
     }
-    Ok(())
+    cases.retain(|(case, ..)| settings.wants(case));
+    cases
 }
 
 /// All runs of a case, each on hosts of its own.

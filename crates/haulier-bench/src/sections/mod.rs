@@ -48,6 +48,11 @@ impl Bench {
         growth::run(self)
     }
 
+    /// As [`Bench::touched`], for images.
+    pub(crate) fn touched_by_images(&self) -> u64 {
+        images::touched(&self.settings)
+    }
+
     /// Measures how CRIU's images travel.
     pub(crate) fn run_images(&mut self) -> Result<()> {
         images::run(self)
