@@ -43,7 +43,7 @@ fn plays(role: &str) -> Option<PathBuf> {
 #[test]
 fn as_guard() {
     if let Some(cgroup) = plays("as_guard") {
-        let code = i32::from(guard::run(&cgroup).is_err());
+        let code = i32::from(guard::run(&cgroup, || {}).is_err());
         std::process::exit(code);
     }
 }

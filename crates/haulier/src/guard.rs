@@ -14,9 +14,13 @@ use std::time::{Duration, Instant};
 use haulier_engine::recovery::Fate;
 use haulier_memory::lazy::guard::{self, Outcome};
 use haulier_proto::id::MigrationId;
+use haulier_targets::network;
 use rustix::fs::{FlockOperation, flock};
+use tracing::warn;
 
 use crate::directories::state_directory;
+use crate::journal::{self, Side};
+use crate::recovery;
 
 /// How long a guard that has lost its daemon may take to kill the tasks.
 const END_TIME: Duration = Duration::from_secs(20);
@@ -28,7 +32,7 @@ pub fn verdict_file(id: MigrationId) -> PathBuf {
     state_directory(id).join("guard")
 }
 
-/// The whole life of a guard of the tasks in `cgroup`.
+/// The whole life of a guard of the tasks in `cgroup`, of the migration in whose folder the verdict goes.
 ///
 /// # Errors
 /// If it cannot do its work; the process that started it is told.
@@ -40,7 +44,7 @@ pub fn run(cgroup: &Path, verdict: &Path) -> anyhow::Result<()> {
         .mode(0o600)
         .open(verdict)?;
     flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-    let word = match guard::run(cgroup)? {
+    let word = match guard::run(cgroup, || silence(verdict))? {
         Outcome::Complete => COMPLETE,
         Outcome::Killed { had_run: false } => NEVER_RAN,
         Outcome::Killed { had_run: true } => LOST,
@@ -49,6 +53,20 @@ pub fn run(cgroup: &Path, verdict: &Path) -> anyhow::Result<()> {
     // The word must not come after the loss of power that undoes what follows from it.
     file.sync_all()?;
     Ok(())
+}
+
+/// Has the target say nothing to its peers when it is killed: the source's copy may go on with them.
+fn silence(verdict: &Path) {
+    let folder = verdict.parent().and_then(Path::file_name);
+    let id = folder.and_then(|name| name.to_str()?.parse::<MigrationId>().ok());
+    // Without a journal that can be read there is no address to be silent about.
+    let Some((id, Ok(Some(contents)))) = id.map(|id| (id, journal::read(id))) else {
+        return;
+    };
+    let addresses = recovery::addresses(&contents, Side::Destination);
+    if let Err(error) = network::silence(&id.to_string(), &addresses) {
+        warn!(%id, %error, "its peers will see the end of their connections");
+    }
 }
 
 /// What became of a target, once its guard has ended, as the guard saw it.

@@ -342,6 +342,9 @@ fn let_run(id: MigrationId, groups: &[Cgroup], addresses: &[MoveIp]) -> io::Resu
 
 /// Removes what a target that will not run here has on this host.
 fn remove(id: MigrationId, groups: &[Cgroup], addresses: &[MoveIp]) {
+    if let Err(error) = network::silence(&id.to_string(), addresses) {
+        warn!(%id, %error, "network lock");
+    }
     for group in groups {
         remove_with_tasks(group);
     }

@@ -218,11 +218,32 @@ impl Soak {
     }
 
     fn assert_served(&self, said: &str) {
-        let seen = self.redis.snapshot().operations;
-        self.redis.wait_for_operations(seen + 100, LONG).unwrap();
+        if let Err(error) = self.redis.wait_for_operations(100, LONG) {
+            let report = self.redis.snapshot();
+            panic!("{said}: {error}: {:?}\n{}", report.errors, self.scene());
+        }
         let report = self.redis.snapshot();
         assert_eq!(report.error_count, 0, "{said}: {:?}", report.errors);
         self.cluster.goes_on(self.stage.host(3));
+    }
+
+    /// What a person would look at first.
+    fn scene(&self) -> String {
+        let pids = self.targets.each_ref().map(|target| target.process.pid());
+        let mut scene = String::new();
+        for host in [1, 2] {
+            let look = format!(
+                "ip -br addr; nft list ruleset; ls /var/lib/haulier /run; ss -tnoi state all; \
+                 for p in {} {}; do grep -E 'State|Threads' /proc/$p/status; cat /proc/$p/wchan; \
+                 cat /proc/$p/stack; g=/sys/fs/cgroup$(sed -n s/^0:://p /proc/$p/cgroup); \
+                 echo $g; cat $g/cgroup.events; done",
+                pids[0], pids[1]
+            );
+            let seen = self.stage.host(host).shell(&look).unwrap();
+            scene += &format!("host {host}: {}{}\n", seen.stdout, seen.stderr);
+        }
+        let client = "ip neigh; ss -tnoi state all";
+        scene + &self.stage.host(3).shell(client).unwrap().stdout
     }
 
     fn end(self) {

@@ -199,6 +199,21 @@ pub fn lift_by_id(id: &str) -> Result<(), Error> {
     Ok(())
 }
 
+/// Locks addresses that have no lock any more, until [`lift_by_id`]: a task that is killed must not say
+/// goodbye to its peers while another copy of it may go on.
+///
+/// # Errors
+/// [`Error::Nft`], [`Error::Netlink`].
+pub fn silence(id: &str, addresses: &[MoveIp]) -> Result<(), Error> {
+    let table = table(id)?;
+    let is_locked = all_tables()?.iter().any(|(_, name)| *name == table);
+    if !is_locked && !addresses.is_empty() {
+        let scope = LockScope::new(addresses, &[]);
+        ArmedLock::arm(id)?.engage(&scope)?.keep();
+    }
+    Ok(())
+}
+
 /// The names of the tables of network locks here, each `haulier_<id>`, once for both families.
 ///
 /// # Errors

@@ -274,6 +274,13 @@ impl Hold {
         // It has made nothing yet, and ends when nobody is there to let it go on.
         self.moves = None;
         self.waiting = None;
+        // After the thaw it has been lifted.
+        let lifted = self.engaged.is_none() && !self.added.is_empty();
+        if lifted {
+            if let Err(error) = network::silence(&self.id.to_string(), &self.added) {
+                note("peers, which will see the end of their connections", &error);
+            }
+        }
         // The tasks first: without the daemon, what is missing of their memory reads as zero.
         if let Err(error) = self.home.kill(&wait) {
             note("restored tasks", &error);
@@ -293,6 +300,11 @@ impl Hold {
             Some(lock) if !silent => lock.keep(),
             Some(mut lock) => {
                 if let Err(error) = lock.lift() {
+                    note("network lock", &error);
+                }
+            }
+            None if lifted && silent => {
+                if let Err(error) = network::lift_by_id(&self.id.to_string()) {
                     note("network lock", &error);
                 }
             }

@@ -33,11 +33,12 @@ pub enum Outcome {
 }
 
 /// The work of the process that [`super::Guard::spawn`] starts: holds what the daemon sends over
-/// standard input until it says that all is placed, or kills `cgroup` (a directory of cgroup v2).
+/// standard input until it says that all is placed, or kills `cgroup` (a directory of cgroup v2);
+/// right before that, if there is anybody, it calls `before_kill`.
 ///
 /// # Errors
 /// [`GuardError::Cgroup`], [`GuardError::Socket`]; the daemon hears of it and has nothing held.
-pub fn run(cgroup: &Path) -> Result<Outcome, GuardError> {
+pub fn run(cgroup: &Path, before_kill: impl FnOnce()) -> Result<Outcome, GuardError> {
     let stdin = io::stdin();
     let socket = stdin.as_fd();
     let mut cgroup = match Cgroup::open(cgroup) {
@@ -71,6 +72,9 @@ pub fn run(cgroup: &Path) -> Result<Outcome, GuardError> {
             Ok(Some((Word::Hold, _, None)) | None) | Err(_) => {
                 // Nobody but the daemon thaws it, and that is gone.
                 let had_run = !cgroup.is_frozen();
+                if cgroup.is_populated() {
+                    before_kill();
+                }
                 cgroup.kill();
                 // Only now: the last of them closes the memory for good.
                 drop(held);
