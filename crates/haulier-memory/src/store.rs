@@ -140,6 +140,11 @@ impl PageStore {
         self.account.used()
     }
 
+    /// Whether so many bytes more are within the limit now.
+    pub fn has_room(&self, bytes: u64) -> bool {
+        self.account.has_room(bytes)
+    }
+
     /// Pages that have come so far, those that were replaced or placed since included: how far a
     /// transfer is.
     pub fn received(&self) -> u64 {

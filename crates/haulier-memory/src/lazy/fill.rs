@@ -1,6 +1,7 @@
 //! The bulk fill: threads that place whatever has arrived.
 
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use haulier_sys::priority;
@@ -16,6 +17,11 @@ const AGAIN: Duration = Duration::from_millis(1);
 
 /// How often the store is searched for what nobody needs: it matters only when it runs full.
 const PRUNE: Duration = Duration::from_millis(100);
+
+/// How often, and for how long, to stand back for a page that a task waits for and that is on its way:
+/// whoever brings it should find a processor, and no lock in the hands of a thread that has none.
+const PAUSES: usize = 5;
+const PAUSE: Duration = Duration::from_micros(100);
 
 /// A look at everything from time to time, although every change wakes.
 const IDLE: Duration = Duration::from_secs(1);
@@ -64,6 +70,12 @@ fn fill(shared: &Shared, space: &Arc<Space>, pass: &mut Pass) -> Result<(), Lazy
     let mut from = 0;
     while !shared.is_stopping() {
         let pages = shared.options.chunk_pages;
+        for _ in 0..PAUSES {
+            if !space.awaits_missing() {
+                break;
+            }
+            thread::sleep(PAUSE);
+        }
         match space.place(&shared.desk, from, false, pages)? {
             Step::Next(next) => {
                 pass.placed = true;

@@ -339,6 +339,11 @@ impl Space {
         }
     }
 
+    /// Whether a thread of the task waits for a page that has not arrived.
+    pub(super) fn awaits_missing(&self) -> bool {
+        self.todo().awaits_missing()
+    }
+
     /// Whether a thread of the task waits for a page.
     pub(super) fn has_waiters(&self) -> bool {
         self.todo().has_waiters()

@@ -158,6 +158,11 @@ impl Todo {
         self.waiting.contains_key(&page)
     }
 
+    /// Whether a thread waits for a page that has not arrived.
+    pub(super) fn awaits_missing(&self) -> bool {
+        self.waiting.values().any(|waiter| waiter.missing.is_some())
+    }
+
     /// Whether a thread waits for any page.
     pub(super) fn has_waiters(&self) -> bool {
         !self.waiting.is_empty()

@@ -33,6 +33,8 @@ pub(super) struct Window {
     rates: [u64; RATES],
     looks: usize,
     next: Option<Instant>,
+    /// When it was looked at last, and what had been sent by then.
+    seen: Option<(Instant, u64)>,
 }
 
 impl Window {
@@ -42,6 +44,7 @@ impl Window {
             rates: [0; RATES],
             looks: 0,
             next: None,
+            seen: None,
         };
         if tcp::path(channel.socket()).is_ok() && window.set(channel, 2 * LEAST) {
             window.next = Some(Instant::now());
@@ -49,8 +52,8 @@ impl Window {
         window
     }
 
-    /// Looks at the link, if it is time to.
-    pub(super) fn adjust(&mut self, channel: &Channel) {
+    /// Looks at the link, if it is time to. `sent`: bytes that it was given so far.
+    pub(super) fn adjust(&mut self, channel: &Channel, sent: u64) {
         let now = Instant::now();
         if self.next.is_none_or(|next| now < next) {
             return;
@@ -59,7 +62,12 @@ impl Window {
             self.next = None;
             return;
         };
-        self.rates[self.looks % RATES] = path.rate;
+        // What TCP says of a near peer is the speed of bursts, several times what goes through.
+        let rate = match self.seen.replace((now, sent)) {
+            Some((then, before)) => path.rate.min(grown(sent - before, now - then)),
+            None => path.rate,
+        };
+        self.rates[self.looks % RATES] = rate;
         self.looks += 1;
         let rate = self.rates.into_iter().max().unwrap_or(0);
         let wanted = wanted(rate, path.round_trip);
@@ -78,6 +86,12 @@ impl Window {
         self.bytes = bytes;
         sockopt::set_socket_send_buffer_size_force(channel.socket(), size).is_ok()
     }
+}
+
+/// Bytes per second, with room to grow.
+fn grown(bytes: u64, time: Duration) -> u64 {
+    let micros = time.as_micros().max(1);
+    u64::try_from(u128::from(bytes) * 2 * 1_000_000 / micros).unwrap_or(u64::MAX)
 }
 
 /// The way is counted one and a half times, or else a window that is too small would make the rate
@@ -101,6 +115,13 @@ mod tests {
         assert_eq!(wanted(10 * gigabit, near), 812_500);
         assert_eq!(wanted(gigabit, Duration::from_millis(50)), 9_437_500);
         assert_eq!(wanted(u64::MAX, Duration::from_secs(9)), MOST);
+    }
+
+    #[test]
+    fn what_goes_through_has_room_to_grow() {
+        assert_eq!(grown(1_000_000, Duration::from_millis(10)), 200_000_000);
+        assert_eq!(grown(1, Duration::ZERO), 2_000_000);
+        assert_eq!(grown(u64::MAX, Duration::from_nanos(1)), u64::MAX);
     }
 
     #[test]

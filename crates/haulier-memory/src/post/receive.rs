@@ -10,12 +10,12 @@ use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
 use rustix::net::sockopt;
 
-use crate::store::{PageStore, StoreError};
+use crate::store::PageStore;
 use crate::stream::{FrameReceiver, ReceiveStats, StreamError};
 use crate::wait::Wait;
 
 /// Free room in the store before a frame is begun: it must not be met full in the middle of one.
-const ROOM: usize = 1 << 20;
+const ROOM: u64 = 1 << 20;
 
 /// What a socket may hold for us: so many microseconds of 10 Gbit/s beside what is on the way.
 const QUEUE_MICROS: u128 = 200;
@@ -152,19 +152,15 @@ fn keep_short(channel: &Channel) {
 
 /// Waits until the store takes a frame.
 fn await_room(channel: &Channel, store: &PageStore, wait: &Wait) -> Result<(), StreamError> {
-    let deadline = wait.deadline();
-    loop {
-        match store.buffer(ROOM) {
-            Err(StoreError::Full { .. }) if !wait.is_cancelled() => {
-                if std::time::Instant::now() >= deadline {
-                    let peer = channel.peer().to_owned();
-                    let doing = "waiting for room in the page store";
-                    return Err(TransportError::Deadline { peer, doing }.into());
-                }
-                thread::sleep(LOOK);
-            }
-            // Whatever else there is comes out at the frame itself.
-            _ => return Ok(()),
+    // Nothing is allocated for it: a task may wait for what is in the frame.
+    while !store.has_room(ROOM) && !wait.is_cancelled() {
+        if std::time::Instant::now() >= wait.deadline() {
+            let peer = channel.peer().to_owned();
+            let doing = "waiting for room in the page store";
+            return Err(TransportError::Deadline { peer, doing }.into());
         }
+        thread::sleep(LOOK);
     }
+    // Whatever else there is comes out at the frame itself.
+    Ok(())
 }

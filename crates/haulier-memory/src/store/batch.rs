@@ -34,6 +34,11 @@ impl Account {
         self.used.load(Ordering::Relaxed)
     }
 
+    pub(super) fn has_room(&self, bytes: u64) -> bool {
+        let sum = self.used().checked_add(bytes);
+        sum.is_some_and(|sum| sum <= self.limit)
+    }
+
     pub(super) fn charge(&self, bytes: u64) -> Result<(), StoreError> {
         let fits = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= self.limit);
         match self

@@ -280,7 +280,7 @@ impl Lane {
         wait: &Wait,
     ) -> Result<bool, ServeError> {
         self.keep_limit(run, channel, wait)?;
-        self.window.adjust(channel);
+        self.window.adjust(channel, self.stats.wire_bytes);
         let Some(index) = run.take(pause, &mut self.ranges) else {
             return Ok(false);
         };
