@@ -171,7 +171,7 @@ impl LazyPages {
     pub fn listen(work_dir: &Path) -> Result<Self, LazyError> {
         let options = Options {
             fill_threads: 2,
-            chunk_pages: 32,
+            chunk_pages: 64,
             fault_pages: 16,
         };
         Ok(Self {

@@ -275,6 +275,25 @@ impl PageStore {
         self.lock().lookup(task, address, max_pages)
     }
 
+    /// As [`Self::lookup`], of all pages from there on up to the first that is absent; at least of one.
+    pub fn lookup_all(&self, task: u32, address: u64, max_pages: u64) -> Vec<Lookup> {
+        let state = self.lock();
+        let (mut at, mut left) = (address, max_pages);
+        let mut all = Vec::new();
+        loop {
+            let found = state.lookup(task, at, left);
+            let pages = found.pages();
+            if pages > 0 || all.is_empty() {
+                all.push(found);
+            }
+            at += pages * PAGE;
+            left -= pages;
+            if pages == 0 || left == 0 {
+                return all;
+            }
+        }
+    }
+
     /// Which pages of a range the store does not have. Much cheaper than looking each up.
     pub fn absent(&self, task: u32, range: PageRange) -> Vec<PageRange> {
         match self.lock().tasks.get(&task) {

@@ -71,6 +71,16 @@ enum Content {
     Zero,
 }
 
+impl Content {
+    /// Contents that were found, and for how many pages.
+    fn of(found: Lookup) -> (u64, Content) {
+        match (found.pages(), found) {
+            (pages, Lookup::Data(data)) => (pages, Content::Data(data)),
+            (pages, Lookup::Zero(_) | Lookup::Absent { .. }) => (pages, Content::Zero),
+        }
+    }
+}
+
 impl Space {
     pub(super) fn new(
         vpid: u32,
@@ -123,40 +133,39 @@ impl Space {
         max_pages: u64,
     ) -> Result<Step, LazyError> {
         let _inside = self.gate.together();
-        let (part, content) = {
+        let (part, contents) = {
             let mut todo = self.todo();
             let Some(mut part) = todo.next(from).filter(|part| !exact || part.at == from) else {
                 return Ok(Step::Nothing);
             };
             part.pages = part.pages.min(max_pages);
-            let content = match desk.store.lookup(self.vpid, part.image, part.pages) {
-                Lookup::Data(data) => {
-                    part.pages = data.len() as u64 / PAGE;
-                    Content::Data(data)
-                }
-                Lookup::Zero(pages) => {
-                    part.pages = pages;
-                    Content::Zero
-                }
-                Lookup::Absent { next, sealed: true } => {
+            let mut found = desk.store.lookup_all(self.vpid, part.image, part.pages);
+            let contents = match found[..] {
+                [Lookup::Absent { next, sealed: true }] => {
                     let gap = next.map_or(u64::MAX, |next| (next - part.image) / PAGE);
                     part.pages = part.pages.min(gap);
-                    Content::Zero
+                    vec![(part.pages, Content::Zero)]
                 }
-                Lookup::Absent {
-                    next,
-                    sealed: false,
-                } => {
+                [
+                    Lookup::Absent {
+                        next,
+                        sealed: false,
+                    },
+                ] => {
                     if exact && todo.is_missing(part.at, part.image) {
                         return Ok(Step::Missing(part.image));
                     }
                     return Ok(Step::NotHere(next_arrived(&todo, part, next)));
                 }
+                _ => {
+                    part.pages = found.iter().map(Lookup::pages).sum();
+                    found.drain(..).map(Content::of).collect()
+                }
             };
             todo.claim(part);
-            (part, content)
+            (part, contents)
         };
-        let (rest, step) = self.place_part(part, &content, desk);
+        let (rest, step) = self.place_all(part, &contents, desk);
         let (answered, step) = {
             let mut todo = self.todo();
             let answered = todo.finish(part, rest);
@@ -184,11 +193,37 @@ impl Space {
         }
         // Last: with the last holder of a page memory may go back to the kernel, for which nobody
         // should wait at the store's lock.
-        drop(content);
+        drop(contents);
         step
     }
 
-    /// Places a claimed part. Returns what remains of it.
+    /// Places a claimed part, whose contents come in pieces. Returns what remains of it.
+    fn place_all(
+        &self,
+        part: Part,
+        contents: &[(u64, Content)],
+        desk: &Desk,
+    ) -> (Part, Result<Step, LazyError>) {
+        let mut rest = part;
+        for (pages, content) in contents {
+            // The page in front, which may be waited for, is placed in any case.
+            if rest.pages < part.pages && self.gate.is_wanted() {
+                return (rest, Ok(Step::Next(rest.at)));
+            }
+            let piece = Part {
+                pages: *pages,
+                ..rest
+            };
+            let (left, step) = self.place_part(piece, content, desk);
+            rest = rest.skip(pages - left.pages);
+            if left.pages > 0 || step.is_err() {
+                return (rest, step);
+            }
+        }
+        (rest, Ok(Step::Next(part.end())))
+    }
+
+    /// Places a part of a claim. Returns what remains of it.
     fn place_part(
         &self,
         part: Part,
