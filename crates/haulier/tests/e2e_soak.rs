@@ -139,6 +139,10 @@ impl Soak {
             self.strike(fault, &migration, to);
         }
         let output = migration.finish(LONG).unwrap();
+        if fault.is_none() {
+            let moved = output.status.success();
+            assert!(moved, "{said}: {}\n{}", output.stderr, self.scene());
+        }
         let end = self.settle(which, &output.stderr, output.status.code());
         // Nobody lost an answer, unless told.
         if !matches!(end, End::Announced) {
