@@ -5,7 +5,8 @@ use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd};
 
 /// Leave repair mode and probe the peer's window (`TCP_REPAIR_OFF`, include/uapi/linux/tcp.h).
-static TCP_REPAIR_OFF: libc::c_int = 0;
+const TCP_REPAIR_OFF: libc::c_int = 0;
+const TCP_REPAIR_ON: libc::c_int = 1;
 
 /// Whether a TCP socket is in repair mode: it then sends nothing and closes without a word.
 ///
@@ -41,6 +42,18 @@ pub fn tcp_repair(socket: impl AsFd) -> io::Result<bool> {
 /// # Errors
 /// What `setsockopt(2)` says.
 pub fn end_tcp_repair(socket: impl AsFd) -> io::Result<()> {
+    set_tcp_repair(socket, TCP_REPAIR_OFF)
+}
+
+/// Puts a TCP socket into repair mode. Needs `CAP_NET_ADMIN`.
+///
+/// # Errors
+/// What `setsockopt(2)` says: `PermissionDenied` also for a socket that listens.
+pub fn begin_tcp_repair(socket: impl AsFd) -> io::Result<()> {
+    set_tcp_repair(socket, TCP_REPAIR_ON)
+}
+
+fn set_tcp_repair(socket: impl AsFd, value: libc::c_int) -> io::Result<()> {
     // SAFETY: the descriptor is borrowed for the call; the option value is a live c_int of
     // the length given.
     let result = unsafe {
@@ -48,7 +61,7 @@ pub fn end_tcp_repair(socket: impl AsFd) -> io::Result<()> {
             socket.as_fd().as_raw_fd(),
             libc::IPPROTO_TCP,
             libc::TCP_REPAIR,
-            (&raw const TCP_REPAIR_OFF).cast(),
+            (&raw const value).cast(),
             size_of::<libc::c_int>() as libc::socklen_t,
         )
     };

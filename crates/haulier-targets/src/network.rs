@@ -44,4 +44,4 @@ pub use inject::{Delivery, Injector};
 pub use lock::{ArmedLock, EngagedLock, LockScope, id_of, lift_by_id, probe, silence, tables_of_haulier};
 pub use move_ip::{MoveIp, MoveIpError};
 pub use queued::{Queued, queued_datagrams_of};
-pub use repair::end_repair_of;
+pub use repair::{begin_repair_of, end_repair_of};

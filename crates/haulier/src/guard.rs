@@ -44,7 +44,7 @@ pub fn run(cgroup: &Path, verdict: &Path) -> anyhow::Result<()> {
         .mode(0o600)
         .open(verdict)?;
     flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-    let word = match guard::run(cgroup, || silence(verdict))? {
+    let word = match guard::run(cgroup, || silence(cgroup, verdict))? {
         Outcome::Complete => COMPLETE,
         Outcome::Killed { had_run: false } => NEVER_RAN,
         Outcome::Killed { had_run: true } => LOST,
@@ -56,7 +56,9 @@ pub fn run(cgroup: &Path, verdict: &Path) -> anyhow::Result<()> {
 }
 
 /// Has the target say nothing to its peers when it is killed: the source's copy may go on with them.
-fn silence(verdict: &Path) {
+fn silence(cgroup: &Path, verdict: &Path) {
+    let pids = std::fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    recovery::hush(pids.lines().filter_map(|pid| pid.parse().ok()));
     let folder = verdict.parent().and_then(Path::file_name);
     let id = folder.and_then(|name| name.to_str()?.parse::<MigrationId>().ok());
     // Without a journal that can be read there is no address to be silent about.

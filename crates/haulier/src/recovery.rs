@@ -18,7 +18,7 @@ use std::io;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 pub use haulier_engine::recovery::Verdict;
 
@@ -346,6 +346,7 @@ fn remove(id: MigrationId, groups: &[Cgroup], addresses: &[MoveIp]) {
         warn!(%id, %error, "network lock");
     }
     for group in groups {
+        hush(group.pids().unwrap_or_default());
         remove_with_tasks(group);
     }
     for address in addresses {
@@ -390,6 +391,15 @@ pub(crate) fn addresses(contents: &Contents, side: Side) -> Vec<MoveIp> {
             Holding::Cgroup(_) | Holding::Throttle(_) | Holding::Peer { .. } => None,
         });
     texts.filter_map(|text| text.parse().ok()).collect()
+}
+
+/// Has processes that are about to be killed say nothing to their TCP peers.
+pub(crate) fn hush(pids: impl IntoIterator<Item = i32>) {
+    for pid in pids {
+        if let Err(error) = network::begin_repair_of(pid) {
+            debug!(pid, %error, "its peers may see the end of their connections");
+        }
+    }
 }
 
 fn remove_with_tasks(group: &Cgroup) {

@@ -76,8 +76,15 @@ fn everything_anywhere() {
     ];
     let kills = victims.map(Fault::Kill).into_iter();
     let stops = victims.map(Fault::Stop).into_iter();
-    let faults: Vec<Fault> = kills.chain(stops).chain([Fault::Cut]).collect();
-    for mode in ["pre-copy", "hybrid"] {
+    let mut faults: Vec<Fault> = kills.chain(stops).chain([Fault::Cut]).collect();
+    let wanted = std::env::var("HAULIER_FAULTS").unwrap_or_default();
+    faults.retain(|fault| {
+        wanted
+            .split(',')
+            .any(|word| fault.to_string().contains(word))
+    });
+    let modes = std::env::var("HAULIER_MODES").unwrap_or_else(|_| "pre-copy,hybrid".to_owned());
+    for mode in modes.split(',') {
         play(mode, &faults, everywhere);
     }
 }

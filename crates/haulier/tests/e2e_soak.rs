@@ -237,7 +237,9 @@ impl Soak {
         let mut scene = String::new();
         for host in [1, 2] {
             let look = format!(
-                "ip -br addr; nft list ruleset; ls /var/lib/haulier /run; ss -tnoi state all; \
+                "ip -br addr; nft list ruleset; ls /var/lib/haulier /run; ss -tnpoi state all; \
+                 ps -ef; for t in /proc/$(pgrep -x haulier | head -1)/task/*; do \
+                 echo $(cat $t/comm $t/wchan); done; \
                  for p in {} {}; do grep -E 'State|Threads' /proc/$p/status; cat /proc/$p/wchan; \
                  cat /proc/$p/stack; g=/sys/fs/cgroup$(sed -n s/^0:://p /proc/$p/cgroup); \
                  echo $g; cat $g/cgroup.events; done",
@@ -245,6 +247,11 @@ impl Soak {
             );
             let seen = self.stage.host(host).shell(&look).unwrap();
             scene += &format!("host {host}: {}{}\n", seen.stdout, seen.stderr);
+        }
+        for server in &self.servers {
+            let log = server.stderr().unwrap();
+            let last = log.lines().rev().take(12).collect::<Vec<_>>();
+            scene += &format!("\na server said, the last first:\n{}\n", last.join("\n"));
         }
         let client = "ip neigh; ss -tnoi state all";
         scene + &self.stage.host(3).shell(client).unwrap().stdout

@@ -2,7 +2,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::process::{Command, Stdio};
 
-use haulier_targets::network::end_repair_of;
+use haulier_targets::network::{begin_repair_of, end_repair_of};
 
 use crate::world::{PATIENCE, world};
 
@@ -51,4 +51,30 @@ fn sockets_left_in_repair_mode_live_again() {
     assert_eq!(&received, b"alive");
     drop(tell);
     assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_process_that_is_killed_in_repair_mode_says_nothing_to_its_peers() {
+    if world().is_none() {
+        return;
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut child = Command::new("python3")
+        .args(["-c", CLIENT, &port.to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
+    let (other, _) = listener.accept().unwrap();
+    let (_repaired, _) = listener.accept().unwrap();
+    assert_eq!(said.next().unwrap().unwrap(), "frozen");
+    assert_eq!(begin_repair_of(child.id() as i32).unwrap(), 2);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // Neither an end nor a reset has come by the time another connection says its own.
+    other.set_nonblocking(true).unwrap();
+    let nothing = (&other).read(&mut [0; 1]).unwrap_err();
+    assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
 }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use haulier_criu::find::Version;
 use haulier_proto::message::{Findings, Problem, Requirements};
@@ -12,6 +14,9 @@ use crate::destination::Shared;
 
 /// Memory that has to remain for everything else.
 const SPARE_MEMORY: u64 = 64 << 20;
+/// How long a connection that was cut may go unnoticed: the kernel's first probe comes after 5 s.
+const LETTING_GO: Duration = Duration::from_secs(7);
+const LOOK: Duration = Duration::from_millis(50);
 /// Most problems of a kind that are listed; the first ones tell enough.
 const MOST_LISTED: usize = 5;
 
@@ -20,9 +25,8 @@ pub(crate) fn findings(shared: &Shared, needs: &Requirements) -> Findings {
     let mut problems = Vec::new();
     problems.extend(platform(shared, needs));
     problems.extend(criu(shared, needs));
-    problems.extend(numbers(needs));
     problems.extend(memory(shared, needs));
-    problems.extend(addresses(needs));
+    problems.extend(places(shared, needs));
     problems.extend(
         files::problems_with(&needs.files)
             .into_iter()
@@ -36,6 +40,21 @@ pub(crate) fn findings(shared: &Shared, needs: &Requirements) -> Findings {
         problems,
         criu_version,
         kernel: shared.host.kernel.clone(),
+    }
+}
+
+/// Process numbers and addresses. A target whose last move ended with the link may come again before
+/// this host's kernel has noticed that end, and what was made for it is gone.
+fn places(shared: &Shared, needs: &Requirements) -> Vec<Problem> {
+    let deadline = Instant::now() + LETTING_GO;
+    loop {
+        let mut problems = numbers(needs);
+        problems.extend(addresses(needs));
+        let others = shared.registry.undecided() > 1;
+        if problems.is_empty() || !others || Instant::now() > deadline {
+            return problems;
+        }
+        thread::sleep(LOOK);
     }
 }
 

@@ -28,6 +28,7 @@ use crate::destination::moves::FastMoves;
 use crate::directories::ImageDirectory;
 use crate::guard;
 use crate::packets::PacketReceiver;
+use crate::recovery;
 use crate::timeline::Stopwatch;
 
 /// How long packets may follow; the source's own limit is shorter.
@@ -281,6 +282,7 @@ impl Hold {
                 note("peers, which will see the end of their connections", &error);
             }
         }
+        recovery::hush(self.home.pids().unwrap_or_default());
         // The tasks first: without the daemon, what is missing of their memory reads as zero.
         if let Err(error) = self.home.kill(&wait) {
             note("restored tasks", &error);

@@ -92,6 +92,15 @@ impl Registry {
         Entry::New(streams)
     }
 
+    /// How many migrations are under way whose target is not this host's yet.
+    pub(crate) fn undecided(&self) -> usize {
+        let inner = self.lock();
+        let known = inner.known.values();
+        known
+            .filter(|known| known.streams.is_some() && !known.settled)
+            .count()
+    }
+
     /// Whether another connection fits a migration under way.
     pub(crate) fn check_stream(&self, purpose: &Purpose) -> Result<(), String> {
         let inner = self.lock();

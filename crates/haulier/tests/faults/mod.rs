@@ -271,7 +271,8 @@ impl<'a> Case<'a> {
         output.success();
     }
 
-    /// Whether a copy that stands on a host is one that can go on by itself.
+    /// Whether a copy that stands on a host is one that can go on by itself. While CRIU is at work it
+    /// is CRIU's code that runs in a copy there.
     fn runs(&self, host: usize) -> bool {
         let pid = self.redis.pid();
         let line = format!(
@@ -279,6 +280,13 @@ impl<'a> Case<'a> {
              grep -q 'frozen 0' $g/cgroup.events && \
              grep -q '^State:.[RSD]' /proc/{pid}/status"
         );
+        if host == 2
+            && !self
+                .matching(2, |process| process.is_named("criu"))
+                .is_empty()
+        {
+            return false;
+        }
         self.stage.host(host).shell(&line).unwrap().status.success()
     }
 
