@@ -346,7 +346,6 @@ fn remove(id: MigrationId, groups: &[Cgroup], addresses: &[MoveIp]) {
         warn!(%id, %error, "network lock");
     }
     for group in groups {
-        hush(group.pids().unwrap_or_default());
         remove_with_tasks(group);
     }
     for address in addresses {
@@ -403,6 +402,7 @@ pub(crate) fn hush(pids: impl IntoIterator<Item = i32>) {
 }
 
 fn remove_with_tasks(group: &Cgroup) {
+    hush(group.pids().unwrap_or_default());
     let killed = group.kill(&Wait::uncancellable(KILL_TIME));
     if let Err(error) = killed.and_then(|()| group.remove()) {
         warn!(%error, "cgroup");

@@ -267,7 +267,9 @@ impl Target {
                 debug!(%error, "releasing the dump");
             }
         }
+        // A CRIU that has failed has left sockets that would say goodbye.
         for group in &self.groups {
+            recovery::hush(group.pids().unwrap_or_default());
             if let Err(error) = group.kill(wait) {
                 left.push(describe(&error));
             }
