@@ -41,7 +41,9 @@ pub use connections::{
 };
 pub use error::Error;
 pub use inject::{Delivery, Injector};
-pub use lock::{ArmedLock, EngagedLock, LockScope, id_of, lift_by_id, probe, silence, tables_of_haulier};
+pub use lock::{
+    ArmedLock, EngagedLock, LockScope, id_of, lift_by_id, probe, silence, tables_of_haulier,
+};
 pub use move_ip::{MoveIp, MoveIpError};
 pub use queued::{Queued, queued_datagrams_of};
 pub use repair::{begin_repair_of, end_repair_of};
