@@ -97,14 +97,6 @@ pub fn brisk() -> io::Result<()> {
     Ok(rustix::process::setpriority_process(None, BRISK)?)
 }
 
-/// Has the calling thread run only when no other thread wants its processor.
-///
-/// # Errors
-/// What `sched_setscheduler(2)` says.
-pub fn leftover() -> io::Result<()> {
-    set(libc::SCHED_IDLE, 0)
-}
-
 /// Takes back what the others here did for the calling thread.
 ///
 /// # Errors
