@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use haulier_engine::journal::SourceRecord;
 use haulier_engine::source::{Action, Event, Source};
-use haulier_memory::page::PageRange;
 use haulier_memory::stream::StreamOptions;
 use haulier_proto::message::{Commit, Missing, Rejoin, Role, control};
 use haulier_targets::cgroup::CgroupFs;
@@ -16,7 +15,7 @@ use haulier_transport::wait::{Cancel, Wait};
 use thiserror::Error;
 use tracing::{info, warn};
 
-use super::behind::{Behind, Serving as Look};
+use super::behind::{Behind, Serving as Look, missing_ranges};
 use super::link::{Dialer, Link};
 use super::pages::{open_memory, suitable_streams};
 use crate::SOFTWARE;
@@ -322,19 +321,6 @@ impl Conversation {
         self.behind = Some(behind);
         Ok(())
     }
-}
-
-fn missing_ranges(missing: &Missing) -> Vec<(u32, Vec<PageRange>)> {
-    let ranges = |task: &haulier_proto::message::MissingPages| {
-        let ranges = task.starts.iter().zip(&task.lengths);
-        let range = |(start, pages): (&u64, &u64)| PageRange {
-            start: start.saturating_mul(4096),
-            pages: *pages,
-        };
-        let valid = ranges.map(range).filter(PageRange::is_valid);
-        (task.task, valid.collect())
-    };
-    missing.tasks.iter().map(ranges).collect()
 }
 
 fn dialer(journal: &Journal) -> Option<Dialer> {

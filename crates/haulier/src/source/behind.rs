@@ -9,7 +9,7 @@ use haulier_memory::post::{PageServer, ServeError, ServeOptions, ServeStats, Tas
 use haulier_memory::ranges::RangeSet;
 use haulier_memory::reader::ReadError;
 use haulier_memory::stream::StreamOptions;
-use haulier_proto::message::Missing;
+use haulier_proto::message::{Missing, MissingPages};
 use haulier_sys::wait::Cancel;
 use haulier_transport::channel::Channel;
 
@@ -102,16 +102,8 @@ impl Behind {
         self.stop();
         self.served = false;
         self.totals.reconnects += 1;
-        let set = |pages: &haulier_proto::message::MissingPages| {
-            let ranges = pages.starts.iter().zip(&pages.lengths);
-            let range = |(start, pages): (&u64, &u64)| PageRange {
-                start: start.saturating_mul(4096),
-                pages: *pages,
-            };
-            let valid = ranges.map(range).filter(PageRange::is_valid);
-            (pages.task, valid.collect::<RangeSet>())
-        };
-        let missing: Vec<(u32, RangeSet)> = missing.tasks.iter().map(set).collect();
+        let set = |(task, ranges): (u32, Vec<PageRange>)| (task, ranges.into_iter().collect());
+        let missing: Vec<(u32, RangeSet)> = missing_ranges(missing).into_iter().map(set).collect();
         self.server.resume(&missing)
     }
 
@@ -158,6 +150,20 @@ impl Behind {
         self.totals.on_demand += stats.answered + stats.neighbours;
         self.totals.wire_bytes += stats.wire_bytes;
     }
+}
+
+/// What a destination says it lacks, by task; what is no range is left out.
+pub(super) fn missing_ranges(missing: &Missing) -> Vec<(u32, Vec<PageRange>)> {
+    let ranges = |task: &MissingPages| {
+        let ranges = task.starts.iter().zip(&task.lengths);
+        let range = |(start, pages): (&u64, &u64)| PageRange {
+            start: start.saturating_mul(4096),
+            pages: *pages,
+        };
+        let valid = ranges.map(range).filter(PageRange::is_valid);
+        (task.task, valid.collect())
+    };
+    missing.tasks.iter().map(ranges).collect()
 }
 
 impl Drop for Behind {
