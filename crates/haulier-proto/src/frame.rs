@@ -65,7 +65,9 @@ impl Kind {
     /// before it allocates anything.
     pub fn limit(self) -> usize {
         match self {
-            Kind::Hello | Kind::Welcome | Kind::ImageHeader | Kind::ImageEnd => 64 << 10,
+            // What anybody may send who reaches the port.
+            Kind::Hello => 4 << 10,
+            Kind::Welcome | Kind::ImageHeader | Kind::ImageEnd => 64 << 10,
             Kind::ImagesDone | Kind::RoundEnd => 64 << 10,
             // The list of files and mappings of a large tree travels in one message.
             Kind::Control => 16 << 20,

@@ -180,7 +180,8 @@ impl Channel {
         Ok((header, body))
     }
 
-    /// Receives a protobuf message in a frame of the given kind.
+    /// Receives a protobuf message in a frame of the given kind. A frame of another kind is refused
+    /// by its header: nothing is allocated for it, nor is its body received.
     ///
     /// # Errors
     /// See [`TransportError`].
@@ -189,13 +190,16 @@ impl Channel {
         expected: Kind,
         wait: &Wait,
     ) -> Result<M, TransportError> {
-        let (header, body) = self.receive(wait)?;
+        let header = self.receive_header(wait)?;
+        // Before there is room for its body: what a stranger may send first is short.
         if header.kind != expected {
             return Err(self.frame_error(FrameError::UnexpectedKind {
                 expected,
                 got: header.kind,
             }));
         }
+        let mut body = vec![0; header.length as usize];
+        self.receive_body(&header, &mut [&mut body], wait)?;
         message::decode(expected, &body).map_err(|e| self.frame_error(e))
     }
 
@@ -317,7 +321,7 @@ impl Channel {
 mod tests {
     use std::os::unix::net::UnixStream;
 
-    use haulier_proto::message::{Begin, Commit};
+    use haulier_proto::message::{Begin, Commit, Hello};
 
     use super::*;
 
@@ -377,6 +381,48 @@ mod tests {
             b.receive_control("commit", &soon()),
             Err(TransportError::Frame {
                 source: FrameError::UnexpectedKind { .. },
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn a_frame_that_is_not_due_is_refused_by_its_header() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let mut b = Channel::new(b, "a").unwrap();
+        // The longest control message, of which nothing follows: who waited for it would wait long.
+        let header = Header {
+            kind: Kind::Control,
+            length: Kind::Control.limit() as u32,
+            checksum: 0,
+        };
+        std::io::Write::write_all(&mut &a, &header.encode()).unwrap();
+        let error = b.receive_message::<Hello>(Kind::Hello, &soon());
+        assert!(matches!(
+            error,
+            Err(TransportError::Frame {
+                source: FrameError::UnexpectedKind { .. },
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn the_first_frame_of_a_connection_is_a_few_kibibytes_at_most() {
+        assert!(Kind::Hello.limit() <= 4 << 10);
+        let (a, b) = UnixStream::pair().unwrap();
+        let mut b = Channel::new(b, "a").unwrap();
+        let header = Header {
+            kind: Kind::Hello,
+            length: Kind::Hello.limit() as u32 + 1,
+            checksum: 0,
+        };
+        std::io::Write::write_all(&mut &a, &header.encode()).unwrap();
+        let error = b.receive_message::<Hello>(Kind::Hello, &soon());
+        assert!(matches!(
+            error,
+            Err(TransportError::Frame {
+                source: FrameError::TooLong { .. },
                 ..
             })
         ));
