@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::desk::{Desk, DumpFailed, Ticket};
+use crate::inventory;
 use crate::outbox::Item;
 use crate::store::INVENTORY;
 use crate::stream::{Connection, Incoming, StreamError};
@@ -44,6 +45,12 @@ pub(crate) enum CaptureError {
     /// The kernel refused to wait.
     #[error("cannot wait for CRIU: {0}")]
     Wait(#[source] io::Error),
+    /// It is of no use without files that a later dump could refer to, and the process runs on.
+    #[error(
+        "this was a pre-dump, which nothing can be restored from; dumps with --leave-running, of which \
+         the later ones send only what has changed, do what it is for"
+    )]
+    PreDump,
     /// What came is not a dump.
     #[error("{0}")]
     Wrong(String),
@@ -112,6 +119,8 @@ struct Taking {
 
 enum Form {
     Plain(Box<blake3::Hasher>),
+    /// With what has come: it tells whether this is a dump.
+    Inventory(Box<blake3::Hasher>, Vec<u8>),
     /// With the bytes of a page that has not come whole.
     Pages(Box<PagesHasher>, Vec<u8>),
 }
@@ -186,6 +195,8 @@ impl Capture<'_> {
             // Less will do, if the system allows no more.
             let _ = rustix::pipe::fcntl_setpipe_size(&pipe, PIPE_SIZE);
             Form::Pages(Box::default(), Vec::new())
+        } else if name.as_str() == INVENTORY {
+            Form::Inventory(Box::default(), Vec::new())
         } else {
             Form::Plain(Box::default())
         };
@@ -251,6 +262,12 @@ impl Taking {
                 hasher.update(bytes);
                 Some(Item::Plain(bytes.to_vec()))
             }
+            Form::Inventory(hasher, seen) => {
+                hasher.update(bytes);
+                let room = inventory::LONGEST.saturating_sub(seen.len());
+                seen.extend_from_slice(&bytes[..bytes.len().min(room)]);
+                Some(Item::Plain(bytes.to_vec()))
+            }
             Form::Pages(hasher, rest) => {
                 let mut data = std::mem::take(rest);
                 data.extend_from_slice(bytes);
@@ -271,7 +288,10 @@ impl Taking {
 
     fn end(self) -> Result<Item, CaptureError> {
         let blake3 = match self.form {
-            Form::Plain(hasher) => *hasher.finalize().as_bytes(),
+            Form::Inventory(_, seen) if inventory::is_of_pre_dump(&seen) => {
+                return Err(CaptureError::PreDump);
+            }
+            Form::Plain(hasher) | Form::Inventory(hasher, _) => *hasher.finalize().as_bytes(),
             Form::Pages(hasher, rest) if rest.is_empty() => hasher.finalize(),
             Form::Pages(..) => {
                 let what = format!("{} is not made of whole pages", self.name);

@@ -13,6 +13,7 @@ use haulier_sys::wait::Cancel;
 use thiserror::Error;
 
 use crate::control::Delivered;
+use crate::inventory;
 use crate::store::{Answer, End, INVENTORY, Image, Key, Next, Piece, State, Store, StoreError};
 
 /// Bytes of an image that are handled at a time.
@@ -127,6 +128,18 @@ pub(crate) fn load(
     }
     if !directory.join(INVENTORY).is_file() {
         return Err(no_dump("it has no inventory, so it is no complete dump"));
+    }
+    let inventory = File::open(directory.join(INVENTORY));
+    let mut seen = Vec::new();
+    inventory
+        .and_then(|file| file.take(inventory::LONGEST as u64).read_to_end(&mut seen))
+        .map_err(|source| DirectoryError::File {
+            doing: "read the inventory of",
+            path: directory.to_owned(),
+            source,
+        })?;
+    if inventory::is_of_pre_dump(&seen) {
+        return Err(no_dump("it is a pre-dump"));
     }
     let key = store.begin(target)?;
     let loaded = load_images(store, &key, directory);

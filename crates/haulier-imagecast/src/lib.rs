@@ -17,6 +17,7 @@ mod directory;
 mod front;
 mod history;
 mod intake;
+mod inventory;
 pub mod link;
 mod local;
 pub mod message;

@@ -18,7 +18,7 @@ use crate::compress::Compression;
 use crate::link::{Key, Way};
 use crate::store::INVENTORY;
 use crate::stream::{CAPTURE_SOCKET, SERVE_SOCKET, criu};
-use crate::{cache, proxy};
+use crate::{cache, inventory, proxy};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -298,6 +298,23 @@ fn a_dump_without_an_inventory_is_no_dump() {
     drop(proxy.dump(0, &images(1)).unwrap());
     assert!(proxy.wait(0).is_ok());
     assert!(right(1, &cache.restore("", 0, &NAMES).unwrap()));
+}
+
+#[test]
+fn a_pre_dump_is_refused_and_does_not_stand_before_the_dump() {
+    let (cache, proxy) = Running::pair(1);
+    let mut socket = UnixStream::connect(proxy.directory(0).join(CAPTURE_SOCKET)).unwrap();
+    for (name, bytes) in [
+        ("pages-1.img", pages(1)),
+        (INVENTORY, inventory::example(true)),
+    ] {
+        write(criu::open(&mut socket, name), &bytes).unwrap();
+    }
+    drop(socket);
+    assert!(proxy.wait(0).unwrap_err().contains("pre-dump"));
+    drop(proxy.dump(0, &images(2)).unwrap());
+    assert_eq!(proxy.wait(0), Ok(2));
+    assert!(right(2, &cache.restore("", 0, &NAMES).unwrap()));
 }
 
 #[test]

@@ -30,7 +30,8 @@ const VOTE: &str = "post-dump";
 /// Take images from "criu dump --stream" and send them to an image-cache
 ///
 /// Every dump into one of the directories is taken, as plain CRIU runs it: criu dump --stream -D DIR.
-/// Later dumps of the same target send only the pages that have changed.
+/// Later dumps of the same target send only the pages that have changed: that is what "criu pre-dump" would be for,
+/// which is refused.
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 #[command(after_help = PROXY_HELP)]
