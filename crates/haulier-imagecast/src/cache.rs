@@ -215,7 +215,8 @@ pub fn list(directory: &Path, wait: &Wait) -> Result<Listing, ControlError> {
 }
 
 /// Has the cache that serves `directory` write a snapshot (the newest that is released, if none is
-/// named) into the directory `to`, by its absolute path.
+/// named) into `to`, an absolute path: a directory that is empty or is made, or a tar file if the path
+/// ends with `.tar` and is no directory.
 ///
 /// # Errors
 /// See [`ControlError`].
@@ -227,19 +228,19 @@ pub fn save(
 ) -> Result<Delivered, ControlError> {
     let request = Request::Save {
         snapshot,
-        directory: to.to_owned(),
+        path: to.to_owned(),
     };
     control::ask_to(directory, &request, wait)
 }
 
-/// Has the cache that serves `directory` read the images in `from`, by its absolute path, as a new
-/// snapshot.
+/// Has the cache that serves `directory` read the images in `from`, an absolute path of a directory or
+/// a tar file, as a new snapshot.
 ///
 /// # Errors
 /// See [`ControlError`].
 pub fn load(directory: &Path, from: &Path, wait: &Wait) -> Result<Delivered, ControlError> {
     let request = Request::Load {
-        directory: from.to_owned(),
+        path: from.to_owned(),
     };
     control::ask_to(directory, &request, wait)
 }

@@ -51,17 +51,17 @@ pub(crate) enum Request {
     },
     /// Of a cache: what it has.
     List,
-    /// Of a cache: write a snapshot into an empty directory.
+    /// Of a cache: write a snapshot into an empty directory, or a tar file.
     Save {
         /// The newest released one, if none is given.
         snapshot: Option<u64>,
         /// Absolute.
-        directory: PathBuf,
+        path: PathBuf,
     },
-    /// Of a cache: read the images of a directory as a new snapshot.
+    /// Of a cache: read the images of a directory, or a tar file, as a new snapshot.
     Load {
         /// Absolute.
-        directory: PathBuf,
+        path: PathBuf,
     },
     /// Of a cache: let a snapshot be restored whose sender was lost before it said so.
     Release {

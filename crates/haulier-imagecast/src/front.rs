@@ -15,6 +15,7 @@ use haulier_images::name::ImageName;
 use haulier_sys::wait::Cancel;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::archive;
 use crate::control::{self, CONTROL_SOCKET, Delivered, Listed, Listing, Reply, Request};
 use crate::directory;
 use crate::local::{LocalError, LocalListener};
@@ -204,16 +205,25 @@ fn answer(store: &Store, target: &ImageName, request: Request, stop: &Cancel) ->
     };
     match request {
         Request::List => Reply::Listing(listing(store, target)),
-        Request::Save {
-            snapshot,
-            directory,
-        } => done(
-            directory::save(store, target, snapshot, &directory, stop)
-                .map_err(|error| directory::explain(&error)),
-        ),
-        Request::Load { directory } => done(
-            directory::load(store, target, &directory).map_err(|error| directory::explain(&error)),
-        ),
+        Request::Save { snapshot, path } => {
+            let save = if archive::is_for_saving(&path) {
+                archive::save
+            } else {
+                directory::save
+            };
+            done(
+                save(store, target, snapshot, &path, stop)
+                    .map_err(|error| directory::explain(&error)),
+            )
+        }
+        Request::Load { path } => {
+            let load = if archive::is_for_loading(&path) {
+                archive::load
+            } else {
+                directory::load
+            };
+            done(load(store, target, &path).map_err(|error| directory::explain(&error)))
+        }
         Request::Release { snapshot } => {
             of(store.settle(&key(snapshot), State::Released), snapshot)
         }

@@ -8,6 +8,7 @@
 //!
 //! [`proxy`] takes what a dump writes and sends it; [`cache`] keeps it and serves restores.
 
+mod archive;
 pub mod cache;
 mod capture;
 pub mod compress;

@@ -119,17 +119,18 @@ enum CacheCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Write a dump into a directory, as plain CRIU writes and reads it
+    /// Write a dump into a directory, as plain CRIU writes and reads it, or into a tar file
     Save {
         #[command(flatten)]
         of: Of,
         /// Which dump [default: the newest]
         #[arg(long, value_name = "N")]
         snapshot: Option<u64>,
-        /// Empty, or made
+        /// A directory, empty or made; or a tar file, if it ends with .tar and is no directory. The cache
+        /// writes it
         to: PathBuf,
     },
-    /// Read a dump from a directory that CRIU, or "save", has written
+    /// Read a dump from a directory that CRIU, or "save", has written, or from a tar file of its images
     Load {
         #[command(flatten)]
         of: Of,

@@ -318,7 +318,7 @@ fn eight_dumps_of_a_gibibyte_send_little_more_than_one_and_the_changes() {
 }
 
 #[test]
-fn a_dump_is_saved_as_plain_images_and_loaded_again() {
+fn a_dump_is_saved_as_plain_images_or_a_file_and_loaded_again() {
     let cast = Cast::new();
     let redis = cast.redis(16);
     let _cache = cast.cache(&[]);
@@ -348,8 +348,17 @@ fn a_dump_is_saved_as_plain_images_and_loaded_again() {
     cast.restored(cast.criu(2, &plain).output(LONG).unwrap());
     cast.is_right_then_ends(redis, 1, 16);
 
+    cast.crit_reads(2, "/srv/plain");
+
     cache("load", "/srv/plain").success();
-    cache("drop", "1").success();
-    cast.restored(cast.restore("/srv/images", &[]).output(LONG).unwrap());
-    cast.is_right_then_ends(redis, 1, 16);
+    cache("save", "/srv/dump.tar").success();
+    for (dump, file) in [("1", "/srv/plain"), ("2", "/srv/dump.tar")] {
+        cache("drop", dump).success();
+        if file.ends_with(".tar") {
+            // Nothing but the file is left of it.
+            cache("load", file).success();
+        }
+        cast.restored(cast.restore("/srv/images", &[]).output(LONG).unwrap());
+        cast.is_right_then_ends(redis, 1, 16);
+    }
 }

@@ -16,7 +16,7 @@ use haulier_lab::workloads::{check_redis, fill_redis, start_redis, threads};
 use haulier_lab::{Captured, HostCommand, Output, Signal};
 use tempfile::TempDir;
 
-use crate::stage::play::shared_folder;
+use crate::stage::play::{found, shared_folder};
 use crate::stage::{LONG, Stage, eventually, lab_program, start};
 
 pub const HAULIER: &str = env!("CARGO_BIN_EXE_haulier");
@@ -235,6 +235,34 @@ impl Cast {
             let released = snapshots.iter().filter(|s| s["state"] == "released");
             released.count() == dumps
         });
+    }
+
+    /// CRIU's crit, where there is one (`HAULIER_CRIT` or in the path), reads every image of a directory.
+    #[track_caller]
+    pub fn crit_reads(&self, host: usize, directory: &str) {
+        let given = std::env::var_os("HAULIER_CRIT").map(PathBuf::from);
+        let Some(crit) = given.or_else(|| found("crit")) else {
+            eprintln!("crit is not here");
+            return;
+        };
+        let host = self.stage.host(host);
+        let list = host.shell(&format!("ls {directory}")).unwrap().success();
+        // Images of pages are no messages: crit says so of them.
+        let images: Vec<&str> = list
+            .lines()
+            .filter(|name| name.ends_with(".img") && !name.starts_with("pages-"))
+            .collect();
+        assert!(images.len() > 10, "{list}");
+        for image in images {
+            let path = format!("{directory}/{image}");
+            for arguments in [["decode", "-i", &path], ["show", &path, ""]] {
+                let arguments = arguments.iter().filter(|argument| !argument.is_empty());
+                let command = host.command(&crit).args(arguments);
+                let said = command.output(LONG).unwrap().success();
+                let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+                assert!(said["entries"].is_array(), "{image}: {said}");
+            }
+        }
     }
 
     /// What `haulier image-cache list` says.

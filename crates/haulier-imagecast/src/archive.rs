@@ -1,0 +1,262 @@
+//! Snapshots from tar files, and into them: plain files under their own names, nothing else.
+
+use std::fs::{self, File};
+use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use haulier_images::name::ImageName;
+use haulier_sys::wait::Cancel;
+use tar::{Builder, EntryType, Header};
+
+use crate::control::Delivered;
+use crate::directory::{self, CHUNK, DirectoryError, Snapshot};
+use crate::inventory;
+use crate::store::{INVENTORY, Image, Key, Next, Piece, Store};
+
+/// What the names of tar files end with.
+const ENDING: &str = "tar";
+/// Nobody else's business: images are the memory of a process.
+const MODE: u32 = 0o600;
+/// Zeros to write.
+static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+
+/// Whether a snapshot is to be saved into a file of this path, not into a directory.
+pub(crate) fn is_for_saving(path: &Path) -> bool {
+    // A slash at the end is no part of the path's last name.
+    let as_directory = path.as_os_str().as_encoded_bytes().ends_with(b"/");
+    path.extension().is_some_and(|ending| ending == ENDING) && !as_directory && !path.is_dir()
+}
+
+/// Whether there is a file to load from, not a directory.
+pub(crate) fn is_for_loading(path: &Path) -> bool {
+    path.is_file()
+}
+
+/// Writes a released snapshot, the newest if none is named, into a file. The file is there when all of
+/// it is on disk, or not at all; one that was there before gives way.
+pub(crate) fn save(
+    store: &Store,
+    target: &ImageName,
+    number: Option<u64>,
+    path: &Path,
+    stop: &Cancel,
+) -> Result<Delivered, DirectoryError> {
+    let snapshot = Snapshot::complete(store, target, number)?;
+    let failed = |source| DirectoryError::file("write", path, source);
+    let folder = match path.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    let file = tempfile::Builder::new()
+        .prefix(".haulier-images-")
+        .permissions(fs::Permissions::from_mode(MODE))
+        .tempfile_in(folder)
+        .map_err(failed)?;
+    let delivered = write(&snapshot, file.as_file(), stop).map_err(failed)?;
+    file.as_file().sync_all().map_err(failed)?;
+    file.persist(path).map_err(|error| failed(error.error))?;
+    // The name too.
+    File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .map_err(failed)?;
+    Ok(delivered)
+}
+
+/// Reads the images of a file as a new snapshot of a target, which is released at once.
+pub(crate) fn load(
+    store: &Store,
+    target: &ImageName,
+    path: &Path,
+) -> Result<Delivered, DirectoryError> {
+    let file = File::open(path).map_err(|source| DirectoryError::file("open", path, source))?;
+    directory::load_as_snapshot(store, target, |key| read(store, key, file, path))
+}
+
+fn write(snapshot: &Snapshot<'_>, to: impl Write, stop: &Cancel) -> io::Result<Delivered> {
+    let mut archive = Builder::new(BufWriter::with_capacity(CHUNK, to));
+    let mut delivered = Delivered {
+        snapshot: snapshot.number(),
+        ..Delivered::default()
+    };
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let now = now.unwrap_or_default().as_secs();
+    for (name, image) in snapshot.images() {
+        let mut header = Header::new_gnu();
+        header.set_path(name.as_str())?;
+        header.set_entry_type(EntryType::Regular);
+        header.set_mode(MODE);
+        header.set_mtime(now);
+        header.set_size(image.length());
+        header.set_cksum();
+        archive.append(&header, ImageReader::new(&image, stop))?;
+        delivered.images += 1;
+        delivered.bytes += image.length();
+    }
+    archive.into_inner()?.flush()?;
+    Ok(delivered)
+}
+
+fn read(
+    store: &Store,
+    key: &Key,
+    from: impl Read,
+    path: &Path,
+) -> Result<Delivered, DirectoryError> {
+    let failed = |source| DirectoryError::file("read", path, source);
+    let no_dump = |why: String| DirectoryError::NoDump {
+        path: path.to_owned(),
+        why,
+    };
+    let mut from = Whole {
+        from: BufReader::with_capacity(CHUNK, from),
+        ended: false,
+    };
+    let mut archive = tar::Archive::new(&mut from);
+    let mut delivered = Delivered {
+        snapshot: key.number,
+        ..Delivered::default()
+    };
+    let mut is_dump = false;
+    // Raw: extensions, which give entries other names and sizes, are entries like others here.
+    for entry in archive.entries().map_err(failed)?.raw(true) {
+        let mut entry = entry.map_err(failed)?;
+        let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+        let kind = entry.header().entry_type();
+        // As "tar -C DIR ." calls them.
+        let own = name.strip_prefix("./").unwrap_or(&name);
+        if own.is_empty() && kind.is_dir() {
+            continue;
+        }
+        if kind != EntryType::Regular {
+            return Err(no_dump(format!("{name:?} in it is no plain file")));
+        }
+        let own = ImageName::new(own).map_err(|error| no_dump(error.to_string()))?;
+        // Beside the images there are CRIU's log and statistics.
+        if !own.as_str().ends_with(".img") {
+            continue;
+        }
+        let (image, size) = (store.add(key, &own)?, entry.size());
+        let mut start = Vec::new();
+        directory::load_image(store, &image, &own, &mut |buffer: &mut [u8]| {
+            let count = entry.read(buffer)?;
+            if own.as_str() == INVENTORY {
+                let room = inventory::LONGEST.saturating_sub(start.len());
+                start.extend_from_slice(&buffer[..count.min(room)]);
+            }
+            Ok(count)
+        })
+        .map_err(|error| error.of(path))?;
+        if image.length() != size {
+            return Err(no_dump(format!("it ends in the middle of {own}")));
+        }
+        if own.as_str() == INVENTORY {
+            is_dump = true;
+            if inventory::is_of_pre_dump(&start) {
+                return Err(no_dump("it is a pre-dump".to_owned()));
+            }
+        }
+        delivered.images += 1;
+        delivered.bytes += size;
+    }
+    if from.ended {
+        return Err(no_dump("its end is missing".to_owned()));
+    }
+    if !is_dump {
+        return Err(no_dump("it has no inventory".to_owned()));
+    }
+    Ok(delivered)
+}
+
+/// Knows whether more was wanted than there was: an archive says itself where it ends.
+struct Whole<R> {
+    from: R,
+    ended: bool,
+}
+
+impl<R: Read> Read for &mut Whole<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.from.read(buffer)?;
+        self.ended |= count == 0 && !buffer.is_empty();
+        Ok(count)
+    }
+}
+
+/// A complete image, read from the first byte to the last.
+struct ImageReader<'a> {
+    image: &'a Image,
+    stop: &'a Cancel,
+    /// The pieces that were fetched last, the first that is not read, and its first such byte.
+    pieces: Vec<Piece>,
+    piece: usize,
+    offset: usize,
+    /// Pieces that were fetched so far.
+    fetched: usize,
+}
+
+impl<'a> ImageReader<'a> {
+    fn new(image: &'a Image, stop: &'a Cancel) -> ImageReader<'a> {
+        ImageReader {
+            image,
+            stop,
+            pieces: Vec::new(),
+            piece: 0,
+            offset: 0,
+            fetched: 0,
+        }
+    }
+
+    /// Fetches more pieces. Whether there are any.
+    fn fetch(&mut self) -> io::Result<bool> {
+        if self.stop.is_cancelled() {
+            // Not one that is tried again.
+            return Err(io::Error::other("the cache ends"));
+        }
+        match self.image.next(self.fetched, CHUNK as u64, Duration::ZERO) {
+            Next::Pieces(pieces) => {
+                self.fetched += pieces.len();
+                (self.pieces, self.piece, self.offset) = (pieces, 0, 0);
+                Ok(true)
+            }
+            Next::End => Ok(false),
+            Next::NotYet | Next::Failed => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
+
+impl Read for ImageReader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let Some(piece) = self.pieces.get(self.piece) else {
+                if self.fetch()? {
+                    continue;
+                }
+                return Ok(0);
+            };
+            let left = (piece.len() - self.offset as u64).min(buffer.len() as u64) as usize;
+            let count = match piece {
+                Piece::Zero { .. } => {
+                    let count = left.min(ZEROS.len());
+                    buffer[..count].copy_from_slice(&ZEROS[..count]);
+                    count
+                }
+                Piece::Data(blob) => {
+                    let bytes = blob.read()?;
+                    buffer[..left].copy_from_slice(&bytes[self.offset..self.offset + left]);
+                    left
+                }
+            };
+            self.offset += count;
+            if self.offset as u64 == piece.len() {
+                (self.piece, self.offset) = (self.piece + 1, 0);
+            }
+            if count > 0 || buffer.is_empty() {
+                return Ok(count);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
