@@ -20,7 +20,8 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Measure {
     Memory(Options),
-    /// How CRIU's images travel: by image-proxy and image-cache, and by tar over TCP
+    /// How CRIU's images travel: by image-proxy and image-cache, by tar over TCP, and by
+    /// criu-image-streamer if it is in the path
     Images(Options),
     /// Tell the network that an address is here: a part of CRIU's migration
     #[command(hide = true)]

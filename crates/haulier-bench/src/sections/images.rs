@@ -1,6 +1,7 @@
-//! CRIU's images to another host: by image-proxy and image-cache, and by an expert with tar and TCP.
+//! CRIU's images to another host: by image-proxy and image-cache, by an expert with tar and TCP, and by
+//! criu-image-streamer where it is installed.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -27,16 +28,26 @@ enum Way {
     Cast,
     /// `criu dump` into memory, tar over TCP, `criu restore`.
     Tar,
+    /// `criu dump --stream`, criu-image-streamer, TCP, criu-image-streamer, `criu restore --stream`.
+    Streamer,
 }
 
+/// Found in the path.
+const STREAMER: &str = "criu-image-streamer";
+
 impl Way {
-    const ALL: [Way; 2] = [Way::Cast, Way::Tar];
+    const ALL: [Way; 3] = [Way::Cast, Way::Tar, Way::Streamer];
 
     fn name(self) -> &'static str {
         match self {
             Way::Cast => "proxy-and-cache",
             Way::Tar => "tar",
+            Way::Streamer => STREAMER,
         }
+    }
+
+    fn is_installed(self) -> bool {
+        self != Way::Streamer || streamer().is_some()
     }
 }
 
@@ -63,7 +74,7 @@ fn cases(settings: &Settings) -> Vec<(String, Link, Way, u64)> {
     let mut cases = Vec::new();
     for link in LINKS {
         for mib in sizes {
-            for way in Way::ALL {
+            for way in Way::ALL.into_iter().filter(|way| way.is_installed()) {
                 let case = format!("{NAME}/{}/{mib}-MiB/{}", link.name, way.name());
                 cases.push((case, link, way, mib << 20));
             }
@@ -96,13 +107,14 @@ fn one(bench: &Bench, link: Link, way: Way, memory: u64, run: &mut Run) -> Resul
     let criu = &bench.settings.criu;
     let servers = match way {
         Way::Cast => serve(&stage, &bench.settings.haulier)?,
-        Way::Tar => Vec::new(),
+        Way::Tar | Way::Streamer => Vec::new(),
     };
     let before = (cpu(from)? + cpu(to)?, sent_bytes(from)?);
     let began = Instant::now();
     match way {
         Way::Cast => cast(&stage, criu, pid)?,
         Way::Tar => tar(&stage, criu, pid)?,
+        Way::Streamer => stream(&stage, criu, pid)?,
     }
     let took = began.elapsed();
     stage.check_moved(pid)?;
@@ -184,6 +196,43 @@ fn tar(stage: &Stage, program: &Path, pid: i32) -> Result<()> {
     ended_well("tar", &unpack.finish(PATIENCE)?)?;
     let restore = criu(to, program, "restore", &["-d", "-o", "restore.log"]).output(PATIENCE)?;
     ended_well("the restore", &restore)
+}
+
+/// Its "serve" takes everything into memory before a restore may begin.
+fn stream(stage: &Stage, program: &Path, pid: i32) -> Result<()> {
+    let (from, to) = (stage.source(), stage.destination());
+    let streamer = streamer().context("criu-image-streamer is not in the path")?;
+    let streamer = streamer.display();
+    // As "tar" above: the buffer of socat is no excuse.
+    let serve = format!(
+        "socat -b 1048576 -u TCP-LISTEN:{PORT},reuseaddr STDOUT | {streamer} -D {FOLDER} serve"
+    );
+    let serve = to.command("sh").args(["-c", &serve]).spawn_captured()?;
+    let capture = format!(
+        "{streamer} -D {FOLDER} capture | socat -b 1048576 -u STDIN TCP:{}:{PORT},retry=50,interval=0.02",
+        to.ipv4()
+    );
+    let capture = from.command("sh").args(["-c", &capture]).spawn_captured()?;
+    capture.wait_for_output("socket-init", PATIENCE)?;
+    let pid = pid.to_string();
+    let options = ["--stream", "-t", &pid, "-o", "dump.log"];
+    ended_well(
+        "the dump",
+        &criu(from, program, "dump", &options).output(PATIENCE)?,
+    )?;
+    ended_well("the capture", &capture.finish(PATIENCE)?)?;
+    serve.wait_for_output("socket-init", PATIENCE)?;
+    let options = ["--stream", "-d", "-o", "restore.log"];
+    let restore = criu(to, program, "restore", &options).output(PATIENCE)?;
+    ended_well("the restore", &restore)?;
+    ended_well("the serving", &serve.finish(PATIENCE)?)
+}
+
+fn streamer() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|folder| folder.join(STREAMER))
+        .find(|program| program.is_file())
 }
 
 /// How long the target was frozen at the source, in milliseconds, by the time stamps of CRIU's log.
