@@ -25,6 +25,8 @@ pub(crate) const GREETING: Duration = Duration::from_secs(10);
 pub(crate) const FRAME: Duration = Duration::from_secs(60);
 /// Bytes of a session's name.
 const SESSION: usize = 16;
+/// Most bytes of a sender's name.
+const SENDER: usize = 32;
 /// Bytes of nonces and proofs.
 const PROOF: usize = 32;
 
@@ -165,7 +167,7 @@ pub(crate) fn open(
     channel: &mut Channel,
     me: &Identity,
     key: &Key,
-    session: &SessionId,
+    (session, sender): (&SessionId, &[u8]),
     resume: bool,
     wait: &Wait,
 ) -> Result<u64, LinkError> {
@@ -183,6 +185,7 @@ pub(crate) fn open(
         session: session.to_vec(),
         resume,
         nonce: mine.to_vec(),
+        sender: sender.to_vec(),
     };
     send(channel, Body::Open(open), &wait)?;
     let challenge = match receive(channel, &wait)? {
@@ -210,6 +213,7 @@ pub(crate) fn open(
 pub(crate) struct Opened {
     pub(crate) session: SessionId,
     pub(crate) resume: bool,
+    pub(crate) sender: Vec<u8>,
     pub(crate) host: String,
 }
 
@@ -234,6 +238,9 @@ pub(crate) fn receive_open(
     };
     let session = SessionId::try_from(&open.session[..])
         .map_err(|_| protocol(channel, "a session without a name"))?;
+    if open.sender.len() > SENDER {
+        return Err(protocol(channel, "a sender with too long a name"));
+    }
     let theirs = nonce(channel, &open.nonce)?;
     let mine = random::<PROOF>();
     let proof = key.proof(Side::Cache, &session, &theirs, &mine);
@@ -254,6 +261,7 @@ pub(crate) fn receive_open(
     Ok(Opened {
         session,
         resume: open.resume,
+        sender: open.sender,
         host: hello.host,
     })
 }
@@ -363,7 +371,7 @@ mod tests {
             }
         });
         let key = Key::from_secret(proxy);
-        let got = open(&mut a, &me(), &key, &[7; 16], true, &wait);
+        let got = open(&mut a, &me(), &key, (&[7; 16], b"s"), true, &wait);
         drop(a);
         (got, server.join().unwrap())
     }

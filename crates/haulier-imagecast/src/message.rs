@@ -73,6 +73,9 @@ pub struct Open {
     /// 32 random bytes.
     #[prost(bytes = "vec", tag = "3")]
     pub nonce: Vec<u8>,
+    /// What is the same for all sessions of which only the newest can be alive; empty if not known.
+    #[prost(bytes = "vec", tag = "4")]
+    pub sender: Vec<u8>,
 }
 
 /// The cache's answer to [`Open`].

@@ -1,7 +1,9 @@
 //! `haulier image-proxy`: takes what dumps write, and sends it to a cache.
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -132,6 +134,7 @@ pub fn run(
             me: &options.me,
             key: &options.key,
             compression: options.compression,
+            sender: sender(&options.targets).unwrap_or_default(),
         };
         let result = links(&mut connector, &side, stop);
         if result.is_err() {
@@ -157,6 +160,22 @@ struct Side<'a> {
     me: &'a Identity,
     key: &'a Key,
     compression: Compression,
+    sender: Vec<u8>,
+}
+
+/// What a proxy for these directories is, whichever process it is: its sockets are there only once. So
+/// the cache need not wait for one that was killed when the next one comes.
+fn sender(targets: &[(ImageName, PathBuf)]) -> io::Result<Vec<u8>> {
+    let mut hasher = blake3::Hasher::new_derive_key("haulier 2026 image-proxy, its directories");
+    hasher.update(&fs::read("/proc/sys/kernel/random/boot_id")?);
+    for (target, directory) in targets {
+        let place = fs::metadata(directory)?;
+        hasher.update(&place.dev().to_le_bytes());
+        hasher.update(&place.ino().to_le_bytes());
+        hasher.update(target.as_str().as_bytes());
+        hasher.update(b"/");
+    }
+    Ok(hasher.finalize().as_bytes().to_vec())
 }
 
 /// Keeps a connection to the cache until stopped.
@@ -200,7 +219,8 @@ fn link(mut channel: Channel, side: &Side<'_>, stop: &Cancel) -> Result<(), Link
     let desk = side.desk;
     let (session, resume) = desk.session();
     let wait = stop.wait(link::GREETING);
-    let received = link::open(&mut channel, side.me, side.key, &session, resume, &wait)?;
+    let which = (&session, &side.sender[..]);
+    let received = link::open(&mut channel, side.me, side.key, which, resume, &wait)?;
     let Some(connection) = desk.connected(received) else {
         desk.lost("the image-cache speaks of another session");
         return Ok(());

@@ -63,6 +63,8 @@ pub(crate) struct Sessions {
 /// A session.
 #[derive(Debug)]
 struct Slot {
+    /// Empty, or what no two living sessions have.
+    sender: Vec<u8>,
     /// Counts connections: only the newest may go on.
     turn: AtomicU64,
     state: Mutex<SlotState>,
@@ -159,16 +161,10 @@ impl Sessions {
             !over
         });
         for slot in gone {
-            // Whoever still reads for it may not go on.
-            slot.turn.fetch_add(1, Ordering::SeqCst);
-            let mut state = slot.state();
-            state.intake.lost(&format!(
+            slot.end(&format!(
                 "the connection to the image-proxy was lost for {} s",
                 self.patience.as_secs()
             ));
-            if let Some(connection) = &state.connection {
-                connection.shutdown();
-            }
         }
     }
 
@@ -179,7 +175,10 @@ impl Sessions {
     ) -> Result<(SessionId, Arc<Slot>, u64), SessionError> {
         let wait = stop.wait(link::GREETING);
         let opened = link::receive_open(channel, &self.me, &self.key, &wait)?;
-        let Some(slot) = self.slot(&opened.session, opened.resume) else {
+        if !opened.resume && !opened.sender.is_empty() {
+            self.end_others(&opened.session, &opened.sender);
+        }
+        let Some(slot) = self.slot(&opened.session, opened.resume, &opened.sender) else {
             let (reason, unknown) = if opened.resume {
                 ("it does not know the session, or no longer", true)
             } else {
@@ -219,7 +218,22 @@ impl Sessions {
         Ok((opened.session, slot, turn))
     }
 
-    fn slot(&self, id: &SessionId, resume: bool) -> Option<Arc<Slot>> {
+    /// Ends the sessions that a sender had before this one.
+    fn end_others(&self, id: &SessionId, sender: &[u8]) {
+        let mut others = Vec::new();
+        self.slots().retain(|other, slot| {
+            let is_other = other != id && slot.sender == sender;
+            if is_other {
+                others.push(Arc::clone(slot));
+            }
+            !is_other
+        });
+        for slot in others {
+            slot.end("the image-proxy has begun anew");
+        }
+    }
+
+    fn slot(&self, id: &SessionId, resume: bool, sender: &[u8]) -> Option<Arc<Slot>> {
         let mut slots = self.slots();
         if let Some(slot) = slots.get(id) {
             // A proxy that did not hear the welcome opens the session again.
@@ -235,6 +249,7 @@ impl Sessions {
             lost: None,
         };
         let slot = Arc::new(Slot {
+            sender: sender.to_vec(),
             turn: AtomicU64::new(0),
             state: Mutex::new(state),
         });
@@ -248,6 +263,17 @@ impl Sessions {
 }
 
 impl Slot {
+    /// Ends the session: what is not complete will never be.
+    fn end(&self, why: &str) {
+        // Whoever still reads for it may not go on.
+        self.turn.fetch_add(1, Ordering::SeqCst);
+        let mut state = self.state();
+        state.intake.lost(why);
+        if let Some(connection) = &state.connection {
+            connection.shutdown();
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, SlotState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

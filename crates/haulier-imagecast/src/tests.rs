@@ -12,10 +12,13 @@ use std::time::{Duration, Instant};
 use haulier_images::name::ImageName;
 use haulier_sys::wait::{Cancel, Wait};
 use haulier_transport::greeting::Identity;
+use haulier_transport::tcp;
 use tempfile::TempDir;
 
 use crate::compress::Compression;
-use crate::link::{Key, Way};
+use crate::link::{self, Key, Way};
+use crate::message::Begin;
+use crate::message::session::Body;
 use crate::store::INVENTORY;
 use crate::stream::{CAPTURE_SOCKET, SERVE_SOCKET, criu};
 use crate::{cache, inventory, proxy};
@@ -468,6 +471,47 @@ fn dumps_go_on_over_connections_that_break_again_and_again() {
             });
         }
     });
+}
+
+#[test]
+fn a_proxy_that_begins_anew_ends_the_session_it_had_before() {
+    let cache = Running::cache(Way::Listen("127.0.0.1:0".to_owned()), 1, |_| {});
+    let wait = Wait::uncancellable(LONG);
+    let address = cache.address.clone().unwrap();
+    let open = |session: u8, sender: &[u8], resume| {
+        let mut channel = tcp::connect(&address, &wait).unwrap();
+        let (key, which) = (Key::from_secret(b""), (&[session; 16], sender));
+        link::open(&mut channel, &me(), &key, which, resume, &wait).map(|_| channel)
+    };
+    // The first is killed in the middle of a dump, and the cache need not have noticed.
+    let mut first = open(1, b"proxy", false).unwrap();
+    let begin = Begin {
+        snapshot: 1,
+        target: "t0".to_owned(),
+    };
+    link::send(&mut first, Body::Begin(begin), &wait).unwrap();
+    let other = open(2, b"other", false).unwrap();
+    let nameless = [open(3, b"", false).unwrap(), open(4, b"", false).unwrap()];
+    let states = || -> Vec<String> {
+        let listing = cache::list(&cache.directory(0), &wait).unwrap();
+        listing.snapshots.into_iter().map(|s| s.state).collect()
+    };
+    let deadline = Instant::now() + LONG;
+    while states() != ["arriving"] {
+        assert!(Instant::now() < deadline);
+        thread::sleep(Duration::from_millis(5));
+    }
+
+    let _second = open(5, b"proxy", false).unwrap();
+    assert_eq!(states(), ["failed: the image-proxy has begun anew"]);
+    assert!(matches!(
+        open(1, b"proxy", true),
+        Err(link::LinkError::Denied { unknown: true, .. })
+    ));
+    drop((other, nameless));
+    for (session, sender) in [(2, &b"other"[..]), (3, b""), (4, b"")] {
+        open(session, sender, true).unwrap();
+    }
 }
 
 #[test]
