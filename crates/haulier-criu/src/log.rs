@@ -71,11 +71,12 @@ const REMEDIES: &[(&str, &str)] = &[
     ),
     (
         "Can't bind inet socket",
-        "move its address along with --move-ip, or free the port there",
+        "have its address move along with --move-ip, or, if it does, see that address and port are \
+         free there",
     ),
     (
         "Can't connect inet socket",
-        "move its address along with --move-ip",
+        "have its address move along with --move-ip, or, if it does, try again",
     ),
     (
         "In-flight connection",

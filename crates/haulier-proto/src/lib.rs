@@ -16,4 +16,5 @@
 pub mod frame;
 pub mod id;
 pub mod message;
+pub mod text;
 pub mod version;

@@ -3,6 +3,7 @@
 use haulier_proto::frame::{FrameError, Kind};
 use haulier_proto::id::{MigrationId, Secret};
 use haulier_proto::message::{Hello, Role, Welcome};
+use haulier_proto::text::plain;
 use haulier_proto::version::Version;
 
 use crate::channel::Channel;
@@ -63,7 +64,14 @@ pub fn introduce(
         host: me.host.clone(),
     };
     channel.send_message(Kind::Hello, &hello, wait)?;
-    let welcome: Welcome = channel.receive_message(Kind::Welcome, wait)?;
+    let mut welcome: Welcome = channel.receive_message(Kind::Welcome, wait)?;
+    for text in [
+        &mut welcome.refusal,
+        &mut welcome.software,
+        &mut welcome.host,
+    ] {
+        *text = plain(text);
+    }
     let refused = |reason| TransportError::Refused {
         peer: channel.peer().to_owned(),
         reason,
@@ -93,7 +101,10 @@ pub fn receive_hello(
     me: &Identity,
     wait: &Wait,
 ) -> Result<(Hello, Purpose, Version), TransportError> {
-    let hello: Hello = channel.receive_message(Kind::Hello, wait)?;
+    let mut hello: Hello = channel.receive_message(Kind::Hello, wait)?;
+    for text in [&mut hello.software, &mut hello.host] {
+        *text = plain(text);
+    }
     match purpose_of(&hello) {
         Ok((purpose, version)) => Ok((hello, purpose, version)),
         Err(reason) => {

@@ -7,9 +7,12 @@ use std::path::{Path, PathBuf};
 
 use haulier_proto::id::MigrationId;
 use haulier_targets::host;
+use rustix::fs::statvfs;
 
 /// Journals, by migration; logs of failed ones.
 pub const STATE: &str = "/var/lib/haulier";
+/// CRIU's log and its smallest images need more.
+const LITTLE_ROOM: u64 = 64 << 10;
 /// Candidates for image directories; the first on a file system in memory is taken.
 const IN_MEMORY: [&str; 2] = ["/run", "/dev/shm"];
 
@@ -46,6 +49,14 @@ impl ImageDirectory {
         &self.path
     }
 
+    /// What to say of a failure in it whose cause could not be logged there: that it is full, if it is.
+    pub fn fullness(&self) -> Option<String> {
+        let room = statvfs(&self.path).ok()?;
+        let free = room.f_bavail.saturating_mul(room.f_frsize);
+        let base = self.path.parent()?.display();
+        (free < LITTLE_ROOM).then(|| format!("No space left in {base}"))
+    }
+
     /// Copies CRIU's log to where it outlives the migration, and says where that is.
     pub fn keep_log(&self, id: MigrationId, name: &str) -> Option<PathBuf> {
         let from = self.path.join(name);
@@ -56,7 +67,12 @@ impl ImageDirectory {
             .create(&folder)
             .ok()?;
         let to = folder.join(name);
-        fs::copy(&from, &to).ok()?;
+        if fs::copy(&from, &to).is_err() {
+            // Half a log on a disk that is full helps nobody.
+            let _ = fs::remove_file(&to);
+            let _ = fs::remove_dir(&folder);
+            return None;
+        }
         Some(to)
     }
 }

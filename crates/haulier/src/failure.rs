@@ -2,14 +2,18 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io;
 
 use haulier_criu::CriuFailure;
 use haulier_engine::phase::Phase;
 use haulier_proto::message;
+use haulier_proto::text::plain;
 use haulier_transport::error::TransportError;
 
 /// What is said where nothing better is known.
 const NO_REMEDY: &str = "try again; with -v, both sides say more";
+
+const FREE_SPACE: &str = "free disk space on that host, then try again";
 
 /// What failed: where, in which phase, why, and what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +69,9 @@ impl Failure {
             if let Some(transport) = error.downcast_ref::<TransportError>() {
                 failure.remedy = remedy_for(transport).map(str::to_owned);
             }
+            if let Some(remedy) = error.downcast_ref().and_then(remedy_for_io) {
+                failure.remedy = Some(remedy.to_owned());
+            }
             next = error.source();
             reasons.extend(next.map(ToString::to_string));
         }
@@ -72,6 +79,19 @@ impl Failure {
         reasons.retain(|reason| !failure.what.contains(reason.as_str()));
         failure.reason = Some(reasons.join(": ")).filter(|reason| !reason.is_empty());
         failure
+    }
+}
+
+impl Failure {
+    /// The same, with this for the reason if none is known.
+    pub(crate) fn or_for_lack_of_space(self, fullness: Option<String>) -> Failure {
+        match (self.reason.is_some(), fullness) {
+            (false, Some(reason)) => Failure {
+                reason: Some(reason),
+                ..self.remedy(FREE_SPACE)
+            },
+            _ => self,
+        }
     }
 }
 
@@ -88,6 +108,17 @@ fn remedy_for(error: &TransportError) -> Option<&'static str> {
             Some("check the link between the hosts, then try again")
         }
         TransportError::Closed { .. } => Some("see the log of haulier serve there"),
+        _ => None,
+    }
+}
+
+fn remedy_for_io(error: &io::Error) -> Option<&'static str> {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+            Some(FREE_SPACE)
+        }
+        io::ErrorKind::ReadOnlyFilesystem => Some("make that file system writable, then try again"),
+        io::ErrorKind::OutOfMemory => Some("free memory on that host, then try again"),
         _ => None,
     }
 }
@@ -109,11 +140,11 @@ impl fmt::Display for Failure {
 
 impl From<message::Failure> for Failure {
     fn from(failure: message::Failure) -> Failure {
-        let some = |text: String| Some(text).filter(|text| !text.is_empty());
+        let some = |text: String| Some(plain(&text)).filter(|text| !text.is_empty());
         Failure {
-            host: failure.host,
-            phase: failure.phase,
-            what: failure.what,
+            host: plain(&failure.host),
+            phase: plain(&failure.phase),
+            what: plain(&failure.what),
             reason: some(failure.reason),
             remedy: some(failure.remedy),
         }
@@ -153,6 +184,19 @@ mod tests {
             text.contains("what to do: start \"haulier serve\" there"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_full_disk_brings_its_remedy_wherever_it_is_in_the_chain() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("writing")]
+        struct Outer(#[source] io::Error);
+        for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded] {
+            let text = Failure::from_error("web1", Phase::Send, &Outer(kind.into())).to_string();
+            assert!(text.contains("what to do: free disk space"), "{text}");
+        }
+        let text = Failure::from_error("web1", Phase::Send, &Outer(io::ErrorKind::Other.into()));
+        assert!(text.to_string().contains(NO_REMEDY), "{text}");
     }
 
     #[test]

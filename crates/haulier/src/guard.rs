@@ -6,7 +6,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -44,12 +44,14 @@ pub fn run(cgroup: &Path, verdict: &Path) -> anyhow::Result<()> {
         .mode(0o600)
         .open(verdict)?;
     flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+    // The room for the verdict is taken now: a disk that is full by then must not cost the target.
+    file.write_all(line(OPEN).as_bytes())?;
     let word = match guard::run(cgroup, || silence(cgroup, verdict))? {
         Outcome::Complete => COMPLETE,
         Outcome::Killed { had_run: false } => NEVER_RAN,
         Outcome::Killed { had_run: true } => LOST,
     };
-    file.write_all(word.as_bytes())?;
+    file.write_all_at(line(word).as_bytes(), 0)?;
     // The word must not come after the loss of power that undoes what follows from it.
     file.sync_all()?;
     Ok(())
@@ -92,13 +94,19 @@ pub fn fate(id: MigrationId) -> io::Result<Fate> {
     }
     let mut word = String::new();
     file.read_to_string(&mut word)?;
-    Ok(match word.as_str() {
+    Ok(match word.trim_end() {
         COMPLETE => Fate::Complete,
         NEVER_RAN => Fate::NeverRan,
         _ => Fate::Lost,
     })
 }
 
-const COMPLETE: &str = "complete\n";
-const NEVER_RAN: &str = "killed before it ran\n";
-const LOST: &str = "killed with pages missing\n";
+const OPEN: &str = "open";
+const COMPLETE: &str = "complete";
+const NEVER_RAN: &str = "killed before it ran";
+const LOST: &str = "killed with pages missing";
+
+/// A verdict as it stands in its file. All are of one length: each takes the place of the one before.
+fn line(word: &str) -> String {
+    format!("{word:<31}\n")
+}

@@ -15,8 +15,9 @@ use std::time::{Duration, Instant};
 
 use haulier_engine::journal::{DestinationRecord, SourceRecord};
 use haulier_proto::id::MigrationId;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 use rustix::io::Errno;
+use thiserror::Error;
 
 pub use haulier_engine::recovery::Decision;
 
@@ -26,6 +27,21 @@ use crate::guard;
 
 /// How long a recovery may hold the lock of a journal that has just been created.
 const GLANCE: Duration = Duration::from_secs(5);
+
+/// Bytes that a journal gets at its beginning, so that a disk that fills up later takes nothing from
+/// it. Most journals have less than one kilobyte.
+const RESERVE: u64 = 16 << 10;
+
+/// A journal could not be written. The kind is that of its cause.
+#[derive(Debug, Error)]
+#[error("writing the journal {}", path.display())]
+pub struct Unwritten {
+    /// The journal.
+    path: PathBuf,
+    /// The kernel's answer.
+    #[source]
+    source: io::Error,
+}
 
 /// The journal of one migration, open for appending and locked.
 #[derive(Debug)]
@@ -53,12 +69,18 @@ impl Journal {
             .recursive(true)
             .mode(0o700)
             .create(STATE)?;
-        fs::DirBuilder::new().mode(0o700).create(&folder)?;
-        let options = OpenOptions::new()
-            .append(true)
-            .create_new(true)
-            .mode(0o600)
-            .clone();
+        let unwritten = |source| Unwritten::of(file_of(id), source);
+        let created = fs::DirBuilder::new().mode(0o700).create(&folder);
+        created.map_err(unwritten)?;
+        Journal::create(id, side, folder).map_err(|error| {
+            forget(id);
+            unwritten(error)
+        })
+    }
+
+    fn create(id: MigrationId, side: Side, folder: PathBuf) -> io::Result<Journal> {
+        let mut options = OpenOptions::new();
+        options.append(true).create_new(true).mode(0o600);
         let file = options.open(folder.join("journal"))?;
         let journal = Journal {
             id,
@@ -69,10 +91,23 @@ impl Journal {
             length: 0,
             is_torn: false,
         };
+        journal.reserve()?;
         journal.lock_new()?;
+        // A recovery whose clock is ahead may have taken it for one that was given up.
+        if journal.file.metadata()?.nlink() == 0 {
+            return Err(io::ErrorKind::NotFound.into());
+        }
         File::open(&journal.folder)?.sync_all()?;
         File::open(STATE)?.sync_all()?;
         Ok(journal)
+    }
+
+    /// Sees to it that what is appended finds room, where the file system can promise that.
+    fn reserve(&self) -> io::Result<()> {
+        match fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, RESERVE) {
+            Err(Errno::NOSPC | Errno::DQUOT | Errno::FBIG) => Err(Errno::NOSPC.into()),
+            _ => Ok(()),
+        }
     }
 
     /// Takes over the journal of a migration that nobody works on any more; `None` if somebody
@@ -156,11 +191,7 @@ impl Journal {
 
     /// Removes the journal, once nobody can ask about the migration any more.
     pub fn remove(self) {
-        let _ = fs::remove_file(self.folder.join("journal"));
-        let _ = fs::remove_file(guard::verdict_file(self.id));
-        let _ = fs::remove_file(wish_of(self.id));
-        // Kept logs keep the folder.
-        let _ = fs::remove_dir(&self.folder);
+        forget(self.id);
     }
 
     fn append(&mut self, entry: Entry) -> io::Result<()> {
@@ -170,7 +201,8 @@ impl Journal {
         }
         let lines = lines::lines(self.length, &text);
         if self.is_torn {
-            self.file.set_len(self.length)?;
+            let cut = self.file.set_len(self.length);
+            cut.map_err(|source| Unwritten::of(file_of(self.id), source))?;
             self.is_torn = false;
         }
         let written = self.file.write_all(lines.as_bytes());
@@ -183,7 +215,7 @@ impl Journal {
             Err(error) => {
                 // Nobody is to read as done what was not done.
                 self.is_torn = self.file.set_len(self.length).is_err();
-                Err(error)
+                Err(Unwritten::of(file_of(self.id), error))
             }
         }
     }
@@ -206,6 +238,21 @@ impl Journal {
     fn lock(&self) -> io::Result<()> {
         Ok(flock(&self.file, FlockOperation::NonBlockingLockExclusive)?)
     }
+}
+
+impl Unwritten {
+    fn of(path: PathBuf, source: io::Error) -> io::Error {
+        io::Error::new(source.kind(), Unwritten { path, source })
+    }
+}
+
+/// Removes what there is of a journal.
+fn forget(id: MigrationId) {
+    let _ = fs::remove_file(file_of(id));
+    let _ = fs::remove_file(guard::verdict_file(id));
+    let _ = fs::remove_file(wish_of(id));
+    // Kept logs keep the folder.
+    let _ = fs::remove_dir(state_directory(id));
 }
 
 /// A person's wish for the lock of a journal, as long as it exists.

@@ -6,6 +6,7 @@
 
 pub mod cancel;
 pub mod checkpoint;
+mod claim;
 mod commands;
 pub mod destination;
 pub mod directories;

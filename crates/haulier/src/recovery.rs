@@ -370,6 +370,13 @@ fn groups(contents: &Contents, side: Side, cgroups: &CgroupFs) -> Vec<Cgroup> {
         .collect()
 }
 
+/// The tasks that a source's journal says are its target's.
+pub(crate) fn tasks(journal: &Journal, cgroups: &CgroupFs) -> Vec<u32> {
+    let groups = groups(journal.contents(), Side::Source, cgroups).into_iter();
+    let pids = groups.flat_map(|group| group.pids().unwrap_or_default());
+    pids.filter_map(|pid| u32::try_from(pid).ok()).collect()
+}
+
 /// Gives the target its CPU time back, whatever becomes of it.
 fn end_throttle(contents: &Contents) {
     for holding in contents.holdings(Side::Source).into_iter().rev() {
@@ -417,8 +424,32 @@ fn lift(id: MigrationId) {
 
 fn age_of(id: MigrationId) -> Duration {
     let modified = fs::metadata(journal::file_of(id)).and_then(|m| m.modified());
-    let now = SystemTime::now();
-    modified.map_or(Duration::ZERO, |then| {
-        now.duration_since(then).unwrap_or_default()
-    })
+    modified.map_or(Duration::ZERO, |then| age(then, SystemTime::now()))
+}
+
+/// How old something is by this host's clock, which may have been set meanwhile: what seems to come
+/// from the future is new. It only says how long what is settled is kept, which nobody decides by.
+fn age(then: SystemTime, now: SystemTime) -> Duration {
+    now.duration_since(then).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_written_before_the_clock_was_set_back_is_kept() {
+        let now = SystemTime::now();
+        let hour = Duration::from_secs(3600);
+        assert_eq!(age(now + hour, now), Duration::ZERO);
+        assert_eq!(age(now + KEEP_SETTLED * 2, now), Duration::ZERO);
+        assert_eq!(
+            age(
+                SystemTime::UNIX_EPOCH + KEEP_SETTLED,
+                SystemTime::UNIX_EPOCH
+            ),
+            Duration::ZERO
+        );
+        assert_eq!(age(now - hour, now), hour);
+    }
 }

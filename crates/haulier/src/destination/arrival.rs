@@ -1,6 +1,7 @@
 //! After the commit: the target runs, and its pages find their places.
 
 use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,9 @@ use haulier_engine::recovery::{self as rule, Answer};
 use haulier_memory::lazy::LazyError;
 use haulier_memory::ranges::RangeSet;
 use haulier_proto::id::MigrationId;
-use haulier_proto::message::{Complete, Missing, MissingPages, PUSH_ROUND, Role, control};
+use haulier_proto::message::{
+    Complete, Findings, Missing, MissingPages, PUSH_ROUND, Problem, Role, control,
+};
 use haulier_sys::wait::Wait;
 use haulier_transport::channel::Channel;
 use tracing::{info, warn};
@@ -20,7 +23,7 @@ use crate::destination::Shared;
 use crate::destination::hold::Hold;
 use crate::destination::link::Link;
 use crate::destination::registry::Stream;
-use crate::destination::session::Session;
+use crate::destination::session::{Session, Setback};
 use crate::failure::Failure;
 use crate::journal;
 use crate::recovery;
@@ -29,6 +32,8 @@ use crate::recovery;
 const THAW_PAUSE: Duration = Duration::from_millis(100);
 /// How long a source that asks again waits for a decision.
 const DECISION_TIME: Duration = Duration::from_secs(30);
+/// How long until a record that could not be written is tried again.
+const RECORD_PAUSE: Duration = Duration::from_millis(200);
 /// How often everything is looked at while pages arrive.
 const LOOK: Duration = Duration::from_millis(20);
 /// How often a source that does not come back is complained about.
@@ -39,28 +44,45 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// Answers a source that has connected again to hear what became of its commit, or to bring pages
 /// that are missing.
 pub(crate) fn answer_again(shared: &Shared, channel: Channel, id: MigrationId) {
-    let deadline = Instant::now() + DECISION_TIME;
     let mut channel = channel;
-    while shared.registry.is_running(id) && Instant::now() < deadline {
-        match shared.registry.rejoin(id, channel) {
+    let wait = Wait::uncancellable(DECISION_TIME);
+    let question = match channel.receive_control("a commit", &wait) {
+        Ok(question @ (control::Body::Commit(_) | control::Body::Rejoin(_))) => question,
+        Ok(other) => {
+            info!(%id, message = other.name(), "of a migration that is known here: refused");
+            // Not a word about the target, which may run here, or be on its way.
+            let _ = channel.send_control(control::Body::Findings(known(id)), &wait);
+            return;
+        }
+        Err(error) => return info!(%error, "asked about a commit"),
+    };
+    let deadline = Instant::now() + DECISION_TIME;
+    while shared.registry.is_running(id) {
+        if Instant::now() > deadline {
+            return;
+        }
+        match shared.registry.rejoin(id, channel, &question) {
             None => return,
             Some(back) => channel = back,
         }
         thread::sleep(Duration::from_millis(10));
     }
-    let wait = Wait::uncancellable(DECISION_TIME);
-    match channel.receive_control("a commit", &wait) {
-        Ok(control::Body::Commit(_) | control::Body::Rejoin(_)) => {}
-        Ok(other) => return info!(message = other.name(), "not a question about a commit"),
-        Err(error) => return info!(%error, "asked about a commit"),
-    }
-    if shared.registry.is_running(id) {
-        return;
-    }
     // What a server that was killed has left undecided.
     recovery::settle_destination(id, &shared.cgroups);
     if let Some(answer) = recorded_answer(shared, id) {
         let _ = channel.send_control(answer, &wait);
+    }
+}
+
+/// The refusal of a migration that comes a second time.
+fn known(id: MigrationId) -> Findings {
+    let problem = Problem {
+        what: format!("migration {id} is known here already: each happens once"),
+        remedy: "begin a new one".to_owned(),
+    };
+    Findings {
+        problems: vec![problem],
+        ..Findings::default()
     }
 }
 
@@ -119,9 +141,38 @@ impl Session<'_> {
                 Event::Filled
             }
         };
-        let _ = self.on(end);
-        self.say_farewell();
+        if self.record_end(end) {
+            self.say_farewell();
+        }
         self.hold = None;
+    }
+
+    /// How it ended is recorded before the source hears of it and gives up its copy: a disk that is
+    /// full is waited for, and the source with it. False if the server is stopped before.
+    fn record_end(&mut self, end: Event) -> bool {
+        let mut restarts = 0;
+        let mut complained: Option<Instant> = None;
+        while let Err(setback) = self.on(end) {
+            if complained.is_none_or(|then| then.elapsed() > COMPLAINT) {
+                complained = Some(Instant::now());
+                if let Setback::Here(failure) = setback {
+                    warn!("{failure}");
+                }
+                warn!("the source keeps its copy until the end is recorded here");
+            }
+            if self.shared.stop.is_cancelled() {
+                return false;
+            }
+            while let Some(incoming) = self.heard() {
+                self.hear(incoming, &mut restarts);
+            }
+            match self.streams.recv_timeout(RECORD_PAUSE) {
+                Ok(stream) => self.meet(stream, restarts),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => thread::sleep(RECORD_PAUSE),
+            }
+        }
+        true
     }
 
     /// Takes in pages, and the source whenever it comes back, until nothing is missing.
@@ -221,7 +272,7 @@ impl Session<'_> {
     /// A connection of a source that has come back.
     fn meet(&mut self, stream: Stream, restarts: u32) {
         match stream.role {
-            Role::Command => match Link::new(stream.channel) {
+            Role::Command => match Link::new(stream.channel, stream.first) {
                 Ok(link) => {
                     info!("the source is back");
                     self.link = Some(link);

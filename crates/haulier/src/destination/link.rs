@@ -29,10 +29,10 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// Listens on a command connection.
-    pub(crate) fn new(channel: Channel) -> std::io::Result<Link> {
+    /// Listens on a command connection, over which `first` has come already.
+    pub(crate) fn new(channel: Channel, first: Option<control::Body>) -> std::io::Result<Link> {
         let stop = Cancel::new()?;
-        let incoming = commands::listen(channel.try_clone()?, Some(stop.clone()));
+        let incoming = commands::listen(channel.try_clone()?, first, Some(stop.clone()));
         Ok(Link {
             channel,
             incoming,

@@ -1,11 +1,12 @@
 //! The memory connections of a migration: a thread each, which takes rounds into the page store.
 
+use std::error::Error;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use haulier_memory::post::{self, FaultClient};
-use haulier_memory::store::PageStore;
+use haulier_memory::store::{PageStore, StoreError};
 use haulier_memory::stream::{self, ReceiveStats};
 use haulier_proto::message::PUSH_ROUND;
 use haulier_sys::wait::{Cancel, Wait};
@@ -29,7 +30,7 @@ pub(crate) struct Receivers {
 pub(crate) enum ReceiversError {
     /// A connection failed, or what came over it was refused.
     #[error("{0}")]
-    Stream(String),
+    Stream(String, Option<&'static str>),
     /// A connection said that nothing more would come.
     #[error("a memory connection ended after {came} of {due} rounds")]
     Early {
@@ -43,6 +44,32 @@ pub(crate) enum ReceiversError {
     Deadline,
 }
 
+impl ReceiversError {
+    /// What to do about it, if that is known.
+    pub(crate) fn remedy(&self) -> Option<&'static str> {
+        match self {
+            ReceiversError::Stream(_, remedy) => *remedy,
+            ReceiversError::Early { .. } | ReceiversError::Deadline => None,
+        }
+    }
+
+    fn of(error: &(dyn Error + 'static)) -> ReceiversError {
+        let mut remedy = None;
+        let mut next = Some(error);
+        while let Some(error) = next {
+            match error.downcast_ref() {
+                Some(StoreError::Full { .. }) => {
+                    remedy = Some("raise --max-memory of haulier serve")
+                }
+                Some(StoreError::Memory { .. }) => remedy = Some("free memory on that host"),
+                _ => {}
+            }
+            next = error.source();
+        }
+        ReceiversError::Stream(chain(error), remedy)
+    }
+}
+
 #[derive(Debug, Default)]
 struct Progress {
     state: Mutex<State>,
@@ -52,7 +79,7 @@ struct Progress {
 #[derive(Debug, Default)]
 struct State {
     streams: Vec<Stream>,
-    failure: Option<String>,
+    failure: Option<ReceiversError>,
     /// What ended the push; without pages left at the source, the end of the connection.
     push_failure: Option<String>,
 }
@@ -95,7 +122,7 @@ impl Receivers {
                     if !stop.is_cancelled() {
                         warn!(error = chain(&error), "receiving pages");
                     }
-                    progress.fail(chain(&error));
+                    progress.fail(ReceiversError::of(&error));
                     stop.cancel();
                 }
             }
@@ -139,7 +166,7 @@ impl Receivers {
         let mut state = self.progress.lock();
         loop {
             if let Some(failure) = &state.failure {
-                return Err(ReceiversError::Stream(failure.clone()));
+                return Err(failure.clone());
             }
             if let Some(early) = state.streams.iter().find(|s| s.over && s.rounds < due) {
                 let came = early.rounds;
@@ -154,6 +181,11 @@ impl Receivers {
             let waited = self.progress.changed.wait_timeout(state, LOOK);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// What a connection failed with, if one has.
+    pub(crate) fn failure(&self) -> Option<ReceiversError> {
+        self.progress.lock().failure.clone()
     }
 
     /// Whether every connection has brought all of what was left behind. An error if one broke
@@ -223,7 +255,7 @@ impl Progress {
         self.changed.notify_all();
     }
 
-    fn fail(&self, reason: String) {
+    fn fail(&self, reason: ReceiversError) {
         self.lock().failure.get_or_insert(reason);
         self.changed.notify_all();
     }

@@ -6,7 +6,7 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use haulier_proto::id::{MigrationId, Secret};
-use haulier_proto::message::Role;
+use haulier_proto::message::{Role, control};
 use haulier_transport::channel::Channel;
 use haulier_transport::greeting::Purpose;
 
@@ -45,6 +45,8 @@ struct Known {
 pub(crate) struct Stream {
     pub(crate) role: Role,
     pub(crate) channel: Channel,
+    /// What has been heard over a command connection already.
+    pub(crate) first: Option<control::Body>,
 }
 
 /// What a command connection is.
@@ -133,6 +135,7 @@ impl Registry {
             let _ = sender.send(Stream {
                 role: purpose.role,
                 channel,
+                first: None,
             });
         }
     }
@@ -144,16 +147,24 @@ impl Registry {
         }
     }
 
-    /// Hands a new command connection to its migration, if the target is this host's and pages are
-    /// still coming. Returns it otherwise.
-    pub(crate) fn rejoin(&self, migration: MigrationId, channel: Channel) -> Option<Channel> {
+    /// Hands a new command connection, and the question that came over it, to its migration, if the
+    /// target is this host's and pages are still coming. Returns it otherwise.
+    pub(crate) fn rejoin(
+        &self,
+        migration: MigrationId,
+        channel: Channel,
+        question: &control::Body,
+    ) -> Option<Channel> {
         let inner = self.lock();
         let known = inner.known.get(&migration).filter(|known| known.settled);
         let Some(sender) = known.and_then(|known| known.streams.as_ref()) else {
             return Some(channel);
         };
-        let role = Role::Command;
-        let sent = sender.send(Stream { role, channel });
+        let sent = sender.send(Stream {
+            role: Role::Command,
+            channel,
+            first: Some(question.clone()),
+        });
         sent.err().map(|unsent| unsent.0.channel)
     }
 

@@ -18,7 +18,7 @@ use haulier_proto::id::MigrationId;
 use haulier_proto::message::{
     Begin, Complete, Faults, Held, PUSH_ROUND, Prepared, Requirements, Resumed, Role, control,
 };
-use haulier_sys::wait::Wait;
+use haulier_sys::wait::{Cancel, Wait};
 use haulier_targets::network::MoveIp;
 use haulier_transport::channel::Channel;
 use tracing::{debug, info, info_span, warn};
@@ -27,6 +27,7 @@ use crate::checkpoint;
 use crate::commands::Incoming;
 use crate::destination::hold::{Hold, Memory};
 use crate::destination::link::Link;
+use crate::destination::receivers::ReceiversError;
 use crate::destination::registry::Stream;
 use crate::destination::{Shared, check};
 use crate::failure::Failure;
@@ -35,6 +36,8 @@ use crate::timeline::Stopwatch;
 
 /// How often it is looked whether the source still sends something.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long until a note that could not be written is tried again.
+const NOTE_PAUSE: Duration = Duration::from_secs(1);
 
 /// Why a migration is not going on.
 pub(super) enum Setback {
@@ -82,6 +85,8 @@ pub(super) struct Session<'a> {
     failure: Option<Failure>,
     /// The source has said that the target stands.
     stands: bool,
+    /// What was made for the target here is gone.
+    is_removed: bool,
     clock: Stopwatch,
 }
 
@@ -96,7 +101,7 @@ impl<'a> Session<'a> {
         Ok(Session {
             shared,
             id,
-            link: Some(Link::new(channel)?),
+            link: Some(Link::new(channel, None)?),
             streams,
             machine: Destination::new(),
             journal: None,
@@ -109,6 +114,7 @@ impl<'a> Session<'a> {
             left_behind: 0,
             failure: None,
             stands: false,
+            is_removed: false,
             clock: Stopwatch::new(),
         })
     }
@@ -208,7 +214,7 @@ impl<'a> Session<'a> {
         let store = Arc::clone(&self.store);
         while images.is_none() || missing > 0 || faults || packets {
             match self.streams.recv_timeout(Duration::from_millis(20)) {
-                Ok(Stream { role, channel }) => match role {
+                Ok(Stream { role, channel, .. }) => match role {
                     Role::Images if images.is_none() => images = Some(channel),
                     Role::Memory if missing > 0 => {
                         missing -= 1;
@@ -312,7 +318,18 @@ impl<'a> Session<'a> {
         if let Some(Err(setback)) = word {
             return Err(setback);
         }
-        let count = received.map_err(|e: ImagesError| self.here(Phase::Send, &e))?;
+        let count = received.map_err(|e: ImagesError| {
+            let phase = if word.is_some() {
+                Phase::Send
+            } else {
+                Phase::PreCopy
+            };
+            match link.receivers.failure() {
+                // It has cancelled the rest.
+                Some(error) => self.streams_failed(phase, &error),
+                None => self.here(phase, &e),
+            }
+        })?;
         // The images may have overtaken the word.
         let deadline = Instant::now() + patience;
         while word.is_none() && Instant::now() < deadline {
@@ -349,6 +366,11 @@ impl<'a> Session<'a> {
             return Ok(());
         };
         let mut failure = Failure::from_error(&self.shared.host.name, Phase::Restore, &*error);
+        let fullness = self
+            .hold
+            .as_ref()
+            .and_then(|hold| hold.directory().fullness());
+        failure = failure.or_for_lack_of_space(fullness);
         if let Some(log) = self.hold.as_ref().and_then(Hold::keep_log) {
             let note = format!("CRIU's log is {} there", log.display());
             failure.remedy = Some(match failure.remedy {
@@ -371,7 +393,7 @@ impl<'a> Session<'a> {
         };
         let wait = self.shared.step(&link.stop);
         let came = link.receivers.wait_rounds(offer.rounds, &wait);
-        let came = came.map_err(|e| self.here(Phase::Send, &e))?;
+        let came = came.map_err(|e| self.streams_failed(Phase::Send, &e))?;
         // What the source keeps comes in at this moment, unless it keeps nothing.
         let missing = match offer.left_behind {
             0 => hold.missing_pages(),
@@ -416,8 +438,13 @@ impl<'a> Session<'a> {
         // Only of what it has said to hold can the source ask again what became of it.
         let was_held = matches!(self.machine, Destination::Held(_));
         let _ = self.on(event);
-        if let Some(journal) = self.journal.take().filter(|_| !was_held) {
-            journal.remove();
+        match was_held {
+            true => self.close_journal(),
+            false => {
+                if let Some(journal) = self.journal.take() {
+                    journal.remove();
+                }
+            }
         }
         info!("given up");
     }
@@ -431,7 +458,10 @@ impl<'a> Session<'a> {
                 Ok(()) => {}
                 // What is not on disk has not happened, and nothing that follows it either. But
                 // nothing on disk means "refused" to whoever reads it later.
-                Err(setback) if matches!(action, Action::Record(_)) && !self.machine.is_final() => {
+                Err(setback)
+                    if matches!(action, Action::Record(_))
+                        && !matches!(self.machine, Destination::Refused(_)) =>
+                {
                     self.machine = before;
                     return Err(setback);
                 }
@@ -479,13 +509,13 @@ impl<'a> Session<'a> {
             }
             Action::SendComplete => {
                 // Whoever hears it may move the target on at once.
-                self.journal = None;
+                self.close_journal();
                 let faults = self.filled.as_ref().map(faults_of);
                 self.tell(control::Body::Complete(Complete { faults }))
             }
             Action::SendLost => {
                 self.note_removed();
-                self.journal = None;
+                self.close_journal();
                 let what = "memory of the target could not be completed: it was killed";
                 let failure = self.failure(Phase::Arrive, what);
                 self.tell(control::Body::Lost((&failure).into()))
@@ -520,10 +550,26 @@ impl<'a> Session<'a> {
 
     /// So that no recovery removes it again, an address least of all.
     fn note_removed(&mut self) {
+        self.is_removed = true;
         if let Some(journal) = &mut self.journal {
             if let Err(error) = journal.destination(DestinationRecord::Removed) {
                 warn!(%error, "journal");
             }
+        }
+    }
+
+    /// Lets go of the journal, once it says what is to be known of the end. A later migration may
+    /// bring the same address, which nobody may take for this one's.
+    fn close_journal(&mut self) {
+        let Some(journal) = self.journal.take() else {
+            return;
+        };
+        let noted = journal
+            .contents()
+            .has_destination(DestinationRecord::Removed);
+        if self.is_removed && !noted {
+            let stop = self.shared.stop.clone();
+            thread::spawn(move || note_late(journal, &stop));
         }
     }
 
@@ -604,9 +650,28 @@ impl<'a> Session<'a> {
         self.setback_or(Failure::from_error(&self.shared.host.name, phase, error))
     }
 
+    fn streams_failed(&self, phase: Phase, error: &ReceiversError) -> Setback {
+        let failure = Failure::from_error(&self.shared.host.name, phase, error);
+        self.setback_or(match error.remedy() {
+            Some(remedy) => failure.remedy(remedy),
+            None => failure,
+        })
+    }
+
     fn unexpected(&self, got: &control::Body, due: &str) -> Setback {
         let what = format!("the source sent {} where {due} was due", got.name());
         Setback::Here(self.failure(Phase::Check, what))
+    }
+}
+
+/// Goes on trying to note that what a migration had here is removed. If the server ends before, the
+/// next one does it all again, before it takes anything in.
+fn note_late(mut journal: Journal, stop: &Cancel) {
+    while !stop.is_cancelled() {
+        thread::sleep(NOTE_PAUSE);
+        if journal.destination(DestinationRecord::Removed).is_ok() {
+            return;
+        }
     }
 }
 

@@ -77,6 +77,8 @@ enum AskError {
         #[source]
         source: haulier_transport::error::TransportError,
     },
+    #[error("the destination asks for memory of process {0}, which is none of the migration's")]
+    NotItsOwn(u32),
     #[error("serving pages")]
     Serve(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("journal")]
@@ -102,6 +104,7 @@ impl Unsettled {
     pub fn ask(self, cgroups: &CgroupFs, how: &Asking, stop: &Cancel) -> io::Result<Settled> {
         let mut asking = Conversation {
             how: how.clone(),
+            cgroups: cgroups.clone(),
             journal: self.journal,
             machine: self.machine,
             link: None,
@@ -145,6 +148,7 @@ impl Unsettled {
 
 struct Conversation {
     how: Asking,
+    cgroups: CgroupFs,
     journal: Journal,
     machine: Source,
     link: Option<Link>,
@@ -183,7 +187,7 @@ impl Conversation {
                     self.link = None;
                 }
                 Ok(false) => {}
-                Err(error @ (AskError::Journal(_) | AskError::Left)) => return Err(error),
+                Err(error @ AskError::Left) => return Err(error),
                 Err(error) => {
                     last = Err(error);
                     self.link = None;
@@ -306,13 +310,20 @@ impl Conversation {
         if !self.how.bring {
             return Err(AskError::Left);
         }
+        let tasks = missing_ranges(missing);
+        // The destination names tasks by their numbers, and gets the memory of none but its own.
+        let own = recovery::tasks(&self.journal, &self.cgroups);
+        if let Some((task, _)) = tasks.iter().find(|(task, _)| !own.contains(task)) {
+            let error = AskError::NotItsOwn(*task);
+            warn!(id = %self.journal.id(), "{error}");
+            return Err(error);
+        }
         let wait = Wait::uncancellable(CONNECT_TIME);
         let memory = open_memory(dialer, self.streams, &wait);
         let memory = memory.map_err(|source| transport(dialer, source))?;
         let faults = dialer.open(Role::Faults, 0, &wait);
         let (faults, _) = faults.map_err(|source| transport(dialer, source))?;
         let serving = |error: Box<dyn std::error::Error + Send + Sync>| AskError::Serve(error);
-        let tasks = missing_ranges(missing);
         let behind = Behind::new(tasks, StreamOptions::default());
         let mut behind = behind.map_err(|e| serving(e.into()))?;
         info!(id = %self.journal.id(), pages = behind.remaining(), "serving again");

@@ -11,7 +11,7 @@ use haulier_transport::greeting::{self, Agreed, Identity, Purpose};
 use haulier_transport::tcp;
 use haulier_transport::wait::{Cancel, Wait};
 
-use crate::commands::{self, Incoming};
+use crate::commands::{self, Incoming, MOST_WAITING};
 
 /// Who connects, and where to.
 #[derive(Debug, Clone)]
@@ -64,7 +64,7 @@ impl Dialer {
                 doing: "setting it up",
                 source,
             })?;
-        let incoming = commands::listen(reader, stop.cloned());
+        let incoming = commands::listen(reader, None, stop.cloned());
         Ok(Link {
             channel,
             incoming,
@@ -89,6 +89,17 @@ impl Link {
                 doing: "waiting for its next message",
             })),
         }
+    }
+
+    /// The first failure or end among what waits to be heard, once nothing else matters any more.
+    pub(crate) fn last_word(&self, time: Duration) -> Option<Incoming> {
+        for _ in 0..=MOST_WAITING {
+            match self.receive(time)? {
+                Incoming::Message(body) if !matches!(body, control::Body::Failed(_)) => {}
+                word => return Some(word),
+            }
+        }
+        None
     }
 
     /// The connection.

@@ -33,7 +33,7 @@ use self::pages::{Also, Streams};
 use self::plan::Plan;
 use self::ready::{Ready, interrupted};
 use self::rounds::Rounds;
-use self::target::Target;
+use self::target::{Target, TargetError};
 use crate::checkpoint;
 use crate::commands::Incoming;
 use crate::directories::state_directory;
@@ -185,7 +185,7 @@ impl<'a> Migration<'a> {
             }
         }
         let target = Target::prepare(&self.plan, &self.options.move_addresses, journal, &wait);
-        self.target = Some(target.map_err(|e| self.setback(&*e))?);
+        self.target = Some(target.map_err(|e| self.not_taken(&*e))?);
         let mode = self.options.mode;
         let may_leave = matches!(mode, Mode::PostCopy | Mode::Hybrid)
             || self.options.policy.on_stall == OnStall::PostCopy;
@@ -216,6 +216,15 @@ impl<'a> Migration<'a> {
         };
         let ready = target.get_ready(&self.plan, &wait);
         ready.map_err(|e| self.setback(&*e))
+    }
+
+    /// Why the target could not be confined.
+    fn not_taken(&self, error: &(dyn std::error::Error + 'static)) -> Setback {
+        let Some(TargetError::Claimed { pid, claim }) = error.downcast_ref() else {
+            return self.setback(error);
+        };
+        let host = &self.plan.host.name;
+        Setback::Here(plan::claimed(host, self.timeline.phase(), *pid, *claim))
     }
 
     fn suitable_streams(&self) -> u32 {
@@ -441,12 +450,11 @@ impl<'a> Migration<'a> {
     fn setback(&self, error: &(dyn std::error::Error + 'static)) -> Setback {
         let phase = self.timeline.phase();
         let host = &self.plan.host.name;
-        let incoming = self.link.as_ref().and_then(|link| {
-            // A step that failed on a broken connection was told so before the command
-            // connection's own end came in.
-            let patience = if self.stop.is_cancelled() { 0 } else { 200 };
-            link.receive(Duration::from_millis(patience))
-        });
+        // A step that failed on a broken connection was told so before the command connection's own
+        // end came in.
+        let patience = if self.stop.is_cancelled() { 0 } else { 200 };
+        let patience = Duration::from_millis(patience);
+        let incoming = self.link.as_ref().and_then(|link| link.last_word(patience));
         match incoming {
             Some(Incoming::Message(control::Body::Failed(failure))) => {
                 Setback::There(failure.into())
@@ -471,6 +479,7 @@ impl<'a> Migration<'a> {
         let dumping = matches!(self.timeline.phase(), Phase::Freeze | Phase::Dump);
         if let Some(target) = self.target.as_ref().filter(|_| dumping) {
             let id = self.dialer.migration;
+            failure = failure.or_for_lack_of_space(target.directory().fullness());
             if target
                 .directory()
                 .keep_log(id, haulier_criu::dump::LOG)

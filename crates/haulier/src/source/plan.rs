@@ -17,8 +17,8 @@ use haulier_targets::process::ProcessTree;
 
 use tracing::warn;
 
+use crate::claim::{self, Claim};
 use crate::failure::Failure;
-use crate::journal;
 
 /// The architecture that haulier is made for: pages of 4 KiB are assumed throughout.
 const ARCHITECTURE: &str = "x86_64";
@@ -89,6 +89,8 @@ impl Plan {
         let tree = ProcessTree::read(options.pid).map_err(|e| {
             failed(&e).remedy("give the number of a running process, e.g. from pgrep or ps")
         })?;
+        let cgroups = CgroupFs::find().map_err(|e| failed(&e))?;
+        refuse_claimed(&tree, &cgroups, &name)?;
         let obstacles: Vec<(String, String)> = tree
             .obstacles()
             .into_iter()
@@ -106,13 +108,11 @@ impl Plan {
             )
             .remedy("use a kernel with userfaultfd (CONFIG_USERFAULTFD, Linux 4.11 or later)"));
         }
-        let cgroups = CgroupFs::find().map_err(|e| failed(&e))?;
         network::probe().map_err(|e| failed(&e))?;
         let connections = movable_connections(&tree, options, &name)?;
         check_addresses(options, &name)?;
         let memory_bytes = tree.memory_bytes();
         let (tracker, mode) = tracker_and_mode(options, &name)?;
-        refuse_arriving(&tree, &cgroups, &name)?;
         Ok(Plan {
             host,
             criu,
@@ -191,19 +191,34 @@ fn tracker_and_mode(options: &Options, host: &str) -> Result<(Option<TrackerKind
     }
 }
 
-/// A target that is still getting its own pages cannot be moved on.
-fn refuse_arriving(tree: &ProcessTree, cgroups: &CgroupFs, host: &str) -> Result<(), Failure> {
-    for pid in tree.pids() {
-        let Ok(group) = cgroups.of(pid) else { continue };
-        let names = group.path().iter().filter_map(|name| name.to_str());
-        let mut homes = names.filter_map(|name| name.parse().ok());
-        if homes.any(journal::is_under_way) {
-            let what = format!("pages of process {pid} are still arriving from another host");
-            return Err(Failure::new(host, Phase::Examine, what)
-                .remedy("try again when that migration has come to its end"));
-        }
+/// A target of which another migration has a task cannot be moved. It is looked at again when this one
+/// takes it.
+fn refuse_claimed(tree: &ProcessTree, cgroups: &CgroupFs, host: &str) -> Result<(), Failure> {
+    let pids = tree.pids();
+    let mut claims = pids
+        .iter()
+        .map(|pid| (*pid, claim::of(*pid, cgroups, None)));
+    match claims.find_map(|(pid, claim)| Some((pid, claim?))) {
+        Some((pid, claim)) => Err(claimed(host, Phase::Examine, pid, claim)),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// The failure to take a task that another migration has.
+pub(crate) fn claimed(host: &str, phase: Phase, pid: i32, claim: Claim) -> Failure {
+    let (what, remedy) = match claim {
+        Claim::Arriving(_) => (
+            format!("pages of process {pid} are still arriving from another host"),
+            "try again when that migration has come to its end".to_owned(),
+        ),
+        Claim::Leaving(id) => (
+            format!("process {pid} is being moved already, by migration {id}"),
+            format!(
+                "await its end, which haulier status {id} tells, or cause it: haulier cancel {id}"
+            ),
+        ),
+    };
+    Failure::new(host, phase, what).remedy(remedy)
 }
 
 fn cannot_be_moved(host: &str, obstacles: &[(String, String)]) -> Failure {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use haulier_engine::phase::Phase;
 use haulier_proto::id::{MigrationId, Secret};
 use haulier_proto::message::{Findings, control};
+use haulier_proto::text::plain;
 use haulier_targets::cgroup::CgroupFs;
 use haulier_transport::error::TransportError;
 use haulier_transport::greeting::Identity;
@@ -26,6 +27,9 @@ use crate::timeline::Timeline;
 
 /// How long the destination of an earlier migration, whose haulier was killed, may take to answer.
 const ASKING_TIME: Duration = Duration::from_secs(2);
+
+/// Most problems of a destination that are shown.
+const MOST_SHOWN: usize = 50;
 
 /// Everything that can be known and made before the target is touched.
 pub(super) struct Ready {
@@ -96,7 +100,11 @@ impl Ready {
         }
         progress.checked(&peer, &found);
         let journal = begin_journal(id, &dialer).map_err(|e| {
-            Failure::from_error(&host, Phase::Check, &e).remedy("make /var/lib/haulier writable")
+            let failure = Failure::from_error(&host, Phase::Check, &e);
+            match failure.remedy {
+                Some(_) => failure,
+                None => failure.remedy("make /var/lib/haulier writable"),
+            }
         })?;
         Ok(Ready {
             plan,
@@ -111,11 +119,17 @@ impl Ready {
 /// Begins the journal with whom to ask should this haulier be killed.
 fn begin_journal(id: MigrationId, dialer: &Dialer) -> io::Result<Journal> {
     let mut journal = Journal::begin(id, Side::Source)?;
-    journal.hold(&Holding::Peer {
+    let peer = Holding::Peer {
         address: dialer.address.clone(),
         secret: dialer.secret.clone(),
-    })?;
-    Ok(journal)
+    };
+    match journal.hold(&peer) {
+        Ok(()) => Ok(journal),
+        Err(error) => {
+            journal.remove();
+            Err(error)
+        }
+    }
 }
 
 /// The connection to the destination must not run over an address that is about to be locked.
@@ -170,16 +184,9 @@ fn findings(
 }
 
 fn unfit(peer: &str, found: &Findings) -> Failure {
-    let what: Vec<&str> = found
-        .problems
-        .iter()
-        .map(|problem| problem.what.as_str())
-        .collect();
-    let mut remedies: Vec<&str> = found
-        .problems
-        .iter()
-        .map(|problem| problem.remedy.as_str())
-        .collect();
+    let problems = || found.problems.iter().take(MOST_SHOWN);
+    let what: Vec<String> = problems().map(|problem| plain(&problem.what)).collect();
+    let mut remedies: Vec<String> = problems().map(|problem| plain(&problem.remedy)).collect();
     remedies.dedup();
     Failure::new(peer, Phase::Check, what.join("\n    ")).remedy(remedies.join("\n    "))
 }

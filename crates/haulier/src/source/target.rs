@@ -14,6 +14,7 @@ use haulier_transport::channel::Channel;
 use thiserror::Error;
 use tracing::{debug, warn};
 
+use crate::claim::{self, Claim};
 use crate::directories::ImageDirectory;
 use crate::journal::{Holding, Journal};
 use crate::recovery;
@@ -32,6 +33,8 @@ pub(crate) enum TargetError {
     Escaped(u32),
     #[error("CRIU ended while it held the tasks")]
     CriuLost,
+    #[error("process {pid} is another migration's: {claim:?}")]
+    Claimed { pid: i32, claim: Claim },
     #[error("the image directory cannot be had")]
     Directory(#[source] std::io::Error),
 }
@@ -148,7 +151,10 @@ impl Target {
     pub(crate) fn throttle(&mut self, percent: u8, journal: &mut Journal) -> Result<(), AnyError> {
         let throttle = match &mut self.throttle {
             Some(throttle) => throttle,
-            none => none.insert(Throttle::prepare(&self.groups, &home_name(self.id))?),
+            none => none.insert(Throttle::prepare(
+                &self.groups,
+                &claim::cgroup_name(self.id),
+            )?),
         };
         let mut record = |path: &Path| journal.hold(&Holding::Throttle(path.to_owned()));
         Ok(throttle.set(percent, &mut record)?)
@@ -307,7 +313,14 @@ impl Target {
     }
 
     fn confine(&mut self, plan: &Plan, journal: &mut Journal) -> Result<(), AnyError> {
-        let name = home_name(self.id);
+        let name = claim::cgroup_name(self.id);
+        let _turn = claim::turn()?;
+        // All of it first: what another migration has is not touched.
+        for pid in ProcessTree::read(plan.tree.root())?.pids() {
+            if let Some(claim) = claim::of(pid, &plan.cgroups, Some(self.id)) {
+                return Err(TargetError::Claimed { pid, claim }.into());
+            }
+        }
         for _ in 0..CONFINE_ROUNDS {
             let mut moved = false;
             for pid in ProcessTree::read(plan.tree.root())?.pids() {
@@ -362,11 +375,6 @@ fn dump_options(plan: &Plan, directory: &ImageDirectory, wait: &Wait) -> DumpOpt
         shell_job: plan.tree.session_is_outside(),
         freeze_seconds: wait.remaining().as_secs().clamp(1, 60) as u32,
     }
-}
-
-/// Name of the cgroups that this migration makes.
-fn home_name(id: MigrationId) -> String {
-    format!("haulier-{id}")
 }
 
 fn is_gone(error: &CgroupError) -> bool {

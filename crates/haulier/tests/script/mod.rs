@@ -1,6 +1,8 @@
 //! The other side of a migration, played by a test: it speaks the protocol, and says what the test
 //! wants at each point. And what the test sees of host 1 meanwhile.
 
+#![allow(dead_code, reason = "each test uses some of it")]
+
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -239,9 +241,14 @@ pub(crate) struct Source<'a> {
 
 impl<'a> Source<'a> {
     pub(crate) fn new(stage: &'a Stage, id: u8, secret: u8) -> Source<'a> {
+        Source::of(stage, MigrationId::from_random([id; 8]), secret)
+    }
+
+    /// The same of a migration that has an id.
+    pub(crate) fn of(stage: &'a Stage, id: MigrationId, secret: u8) -> Source<'a> {
         Source {
             stage,
-            id: MigrationId::from_random([id; 8]),
+            id,
             secret: Secret::from_random([secret; 32]),
         }
     }
