@@ -45,6 +45,13 @@ impl Cancel {
         self.0.cancelled.load(Ordering::SeqCst)
     }
 
+    /// Sleeps for so long. Returns whether it was cancelled, which ends the sleep.
+    pub fn sleep(&self, time: Duration) -> bool {
+        // It is readable only when it is cancelled; that the kernel refuses to wait is a bug.
+        let _ = self.wait(time).readable(&self.0.wake);
+        self.is_cancelled()
+    }
+
     /// A wait that ends with this token, or `timeout` from now.
     pub fn wait(&self, timeout: Duration) -> Wait {
         Wait {
@@ -184,6 +191,17 @@ mod tests {
         assert!(matches!(wait.readable(&read), Err(WaitError::Cancelled)));
         thread.join().unwrap();
         assert!(matches!(wait.readable(&read), Err(WaitError::Cancelled)));
+    }
+
+    #[test]
+    fn a_sleep_ends_when_it_is_over_or_cancelled() {
+        let cancel = Cancel::new().unwrap();
+        assert!(!cancel.sleep(Duration::from_millis(1)));
+        let other = cancel.clone();
+        let thread = std::thread::spawn(move || other.cancel());
+        assert!(cancel.sleep(Duration::from_secs(3600)));
+        thread.join().unwrap();
+        assert!(cancel.sleep(Duration::from_secs(3600)));
     }
 
     #[test]

@@ -7,20 +7,66 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::net::sockopt;
 
 use crate::channel::Channel;
 use crate::error::TransportError;
-use crate::wait::{Wait, WaitError};
+use crate::wait::{Cancel, Wait, WaitError};
 
 /// How long a server waits for its address: one that was killed keeps it until the kernel has taken
 /// its memory apart, which at several GiB takes a second or more.
 const BIND_TIME: Duration = Duration::from_secs(5);
 const BIND_PAUSE: Duration = Duration::from_millis(10);
-/// How long unacknowledged data may wait before the kernel gives the connection up.
-const USER_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long a connection may be dead before it counts as broken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinkTime(Duration);
+
+impl Default for LinkTime {
+    /// For a LAN.
+    fn default() -> LinkTime {
+        LinkTime(Duration::from_secs(20))
+    }
+}
+
+impl LinkTime {
+    /// At least 4 s, since the kernel counts a quarter of it in whole seconds.
+    pub fn new(time: Duration) -> LinkTime {
+        LinkTime(time.max(Duration::from_secs(4)))
+    }
+
+    /// The whole of it.
+    pub fn whole(self) -> Duration {
+        self.0
+    }
+
+    /// How long one attempt to connect again may take, and after what silence the kernel begins to
+    /// probe.
+    pub fn attempt(self) -> Duration {
+        self.0 / 4
+    }
+
+    /// Has the kernel end a connection by it. Those made here have the default.
+    ///
+    /// # Errors
+    /// If it is not a TCP connection.
+    pub fn apply(self, channel: &Channel) -> io::Result<()> {
+        self.apply_to(channel.socket())
+    }
+
+    fn apply_to(self, socket: impl AsFd) -> io::Result<()> {
+        let socket = socket.as_fd();
+        sockopt::set_socket_keepalive(socket, true)?;
+        sockopt::set_tcp_keepidle(socket, self.attempt())?;
+        sockopt::set_tcp_keepintvl(socket, self.attempt())?;
+        sockopt::set_tcp_keepcnt(socket, 3)?;
+        let millis = u32::try_from(self.0.as_millis()).unwrap_or(u32::MAX);
+        // Unacknowledged data is given up by the same time.
+        Ok(sockopt::set_tcp_user_timeout(socket, millis)?)
+    }
+}
 
 /// Connects to `address` (`host:port`), trying each address the name has.
 ///
@@ -72,11 +118,14 @@ pub struct Listener {
     socket: TcpListener,
 }
 
-fn bind_patiently(address: &str) -> io::Result<TcpListener> {
-    let deadline = Instant::now() + BIND_TIME;
+fn bind_patiently(address: &str, wait: &Wait) -> io::Result<TcpListener> {
     loop {
         match TcpListener::bind(address) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+            Err(error)
+                if error.kind() == io::ErrorKind::AddrInUse
+                    && !wait.is_cancelled()
+                    && !wait.remaining().is_zero() =>
+            {
                 thread::sleep(BIND_PAUSE);
             }
             result => return result,
@@ -91,11 +140,23 @@ impl Listener {
     /// # Errors
     /// [`TransportError::Listen`].
     pub fn bind(address: &str) -> Result<Listener, TransportError> {
+        Listener::bind_within(address, &Wait::uncancellable(BIND_TIME))
+    }
+
+    /// The same, but waits no longer than for that token.
+    ///
+    /// # Errors
+    /// [`TransportError::Listen`].
+    pub fn bind_until(address: &str, stop: &Cancel) -> Result<Listener, TransportError> {
+        Listener::bind_within(address, &stop.wait(BIND_TIME))
+    }
+
+    fn bind_within(address: &str, wait: &Wait) -> Result<Listener, TransportError> {
         let failed = |source| TransportError::Listen {
             address: address.to_owned(),
             source,
         };
-        let socket = bind_patiently(address).map_err(failed)?;
+        let socket = bind_patiently(address, wait).map_err(failed)?;
         socket.set_nonblocking(true).map_err(failed)?;
         Ok(Listener { socket })
     }
@@ -166,12 +227,7 @@ fn dial(address: SocketAddr, wait: &Wait) -> io::Result<TcpStream> {
 
 fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_keepidle(stream, Duration::from_secs(5))?;
-    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5))?;
-    sockopt::set_tcp_keepcnt(stream, 3)?;
-    sockopt::set_tcp_user_timeout(stream, USER_TIMEOUT.as_millis() as u32)?;
-    Ok(())
+    LinkTime::default().apply_to(stream)
 }
 
 #[cfg(test)]
@@ -195,6 +251,36 @@ mod tests {
         };
         assert_eq!(named, address);
         assert_eq!(source.kind(), io::ErrorKind::ConnectionRefused);
+    }
+
+    #[test]
+    fn an_address_in_use_is_not_waited_for_by_one_who_is_told_to_stop() {
+        let listener = Listener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_address().unwrap().to_string();
+        let stop = Cancel::new().unwrap();
+        stop.cancel();
+        let error = Listener::bind_until(&address, &stop).unwrap_err();
+        assert!(matches!(error, TransportError::Listen { .. }), "{error}");
+    }
+
+    #[test]
+    fn the_kernel_knows_how_long_a_connection_may_be_dead() {
+        let wait = Wait::uncancellable(Duration::from_secs(5));
+        let listener = Listener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_address().unwrap().to_string();
+        let channel = connect(&address, &wait).unwrap();
+        let told = |channel: &Channel| {
+            let timeout = sockopt::tcp_user_timeout(channel.socket()).unwrap();
+            let idle = sockopt::tcp_keepidle(channel.socket()).unwrap();
+            (timeout, idle)
+        };
+        assert_eq!(told(&channel), (20_000, Duration::from_secs(5)));
+        let wan = LinkTime::new(Duration::from_secs(90));
+        wan.apply(&channel).unwrap();
+        assert_eq!(told(&channel).0, 90_000);
+        let least = LinkTime::new(Duration::ZERO);
+        least.apply(&channel).unwrap();
+        assert_eq!(told(&channel), (4_000, Duration::from_secs(1)));
     }
 
     #[test]

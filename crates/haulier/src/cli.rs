@@ -11,6 +11,7 @@ use haulier_memory::stream::Compression;
 use haulier_memory::tracker::TrackerChoice;
 use haulier_targets::host;
 use haulier_targets::network::MoveIp;
+use haulier_transport::tcp::LinkTime;
 
 use crate::images_cli::{ImageCache, ImageProxy};
 use crate::settling::{Cancel, Recover, Resolve, StatusArguments};
@@ -115,6 +116,9 @@ pub(crate) struct Migrate {
     /// How long to ask a destination that fell silent after the commit whether it has taken over
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     doubt_time: u64,
+    /// How long a connection may be dead before it counts as broken; more for a WAN, on both hosts
+    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(4..=86_400))]
+    link_time: u64,
     /// Do not compare the processors' features
     #[arg(long)]
     skip_cpu_check: bool,
@@ -155,6 +159,9 @@ pub(crate) struct Serve {
     /// Longest time a single step may take, in seconds; then everything is undone
     #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     step_time: u64,
+    /// How long a connection may be dead before it counts as broken; more for a WAN, on both hosts
+    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(4..=86_400))]
+    link_time: u64,
     /// Most memory for the pages of one migration, e.g. 8GiB [default: what is free at the start]
     #[arg(long, value_name = "SIZE")]
     max_memory: Option<ByteSize>,
@@ -183,6 +190,7 @@ impl Migrate {
             bandwidth: self.bandwidth.map(|size| size.as_u64()),
             step_time: Duration::from_secs(self.step_time),
             doubt_time: Duration::from_secs(self.doubt_time),
+            link_time: LinkTime::new(Duration::from_secs(self.link_time)),
             check_cpu: !self.skip_cpu_check,
         }
     }
@@ -195,6 +203,7 @@ impl Serve {
             listen: self.listen.clone(),
             criu: self.criu.clone(),
             step_time: Duration::from_secs(self.step_time),
+            link_time: LinkTime::new(Duration::from_secs(self.link_time)),
             max_memory: self
                 .max_memory
                 .map_or_else(host::available_memory, |size| size.as_u64()),

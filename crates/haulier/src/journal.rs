@@ -140,6 +140,10 @@ impl Journal {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(error) => return Err(error),
         }
+        // Whoever worked on it may have brought it to its end, and removed it, since it was opened.
+        if journal.file.metadata()?.nlink() == 0 {
+            return Ok(None);
+        }
         let mut bytes = Vec::new();
         journal.file.read_to_end(&mut bytes)?;
         let parsed = lines::parse(&bytes).map_err(damaged)?;
@@ -295,6 +299,16 @@ pub fn decision(id: MigrationId) -> io::Result<Option<Decision>> {
     Ok(read(id)?
         .filter(|contents| contents.is_of(Side::Destination))
         .map(|c| c.decision()))
+}
+
+/// What tells a journal from what it was before: its number and its length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Mark(u64, u64);
+
+/// The mark of a journal as it is now.
+pub(crate) fn mark(id: MigrationId) -> io::Result<Mark> {
+    let file = fs::metadata(file_of(id))?;
+    Ok(Mark(file.ino(), file.len()))
 }
 
 /// Whether somebody works on a migration at this moment.

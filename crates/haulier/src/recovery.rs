@@ -101,7 +101,7 @@ fn take_over_for_a_person(id: MigrationId) -> Result<Journal, ResolveError> {
 
 /// Finishes or undoes what a destination of a migration left here, if nobody works on it.
 pub(crate) fn settle_destination(id: MigrationId, cgroups: &CgroupFs) {
-    if let Err(error) = recover(id, Side::Destination, cgroups) {
+    if let Err(error) = recover_side(id, Side::Destination, cgroups) {
         warn!(%id, %error, "recovering");
     }
 }
@@ -111,11 +111,10 @@ pub(crate) fn settle_destination(id: MigrationId, cgroups: &CgroupFs) {
 pub fn recover_all(cgroups: &CgroupFs) -> Vec<Unsettled> {
     let mut unsettled = Vec::new();
     for id in journal::all() {
-        for side in [Side::Source, Side::Destination] {
-            match recover(id, side, cgroups) {
-                Ok(left) => unsettled.extend(left),
-                Err(error) => warn!(%id, %error, "recovering"),
-            }
+        match recover(id, cgroups) {
+            Ok(Found::Unsettled(left)) => unsettled.push(left),
+            Ok(Found::UnderWay | Found::Nothing) => {}
+            Err(error) => warn!(%id, %error, "recovering"),
         }
     }
     sweep_homes(cgroups);
@@ -159,32 +158,60 @@ pub fn sweep_homes(cgroups: &CgroupFs) {
     let _ = fs::remove_dir(&folder);
 }
 
-fn recover(id: MigrationId, side: Side, cgroups: &CgroupFs) -> io::Result<Option<Unsettled>> {
-    let Some((journal, contents)) = Journal::take_over(id, side)? else {
-        return Ok(None);
-    };
-    // Of a haulier that was killed as soon as it had begun.
-    if contents.is_empty() && age_of(id) > FORGET_EMPTY {
-        journal.remove();
-        return Ok(None);
-    }
-    if !contents.is_of(side) {
-        return Ok(None);
-    }
-    match side {
-        Side::Source => recover_source(journal, cgroups),
-        Side::Destination => recover_destination(journal, &contents, cgroups).map(|()| None),
+/// What a recovery found, and has not done itself.
+#[derive(Debug)]
+pub(crate) enum Found {
+    /// Only the destination can settle it.
+    Unsettled(Unsettled),
+    /// Somebody works on it, or has just begun.
+    UnderWay,
+    /// Nothing that could be done now.
+    Nothing,
+}
+
+/// Recovers a migration of this host, if nobody works on it.
+pub(crate) fn recover(id: MigrationId, cgroups: &CgroupFs) -> io::Result<Found> {
+    match recover_side(id, Side::Source, cgroups)? {
+        Found::Nothing => recover_side(id, Side::Destination, cgroups),
+        found => Ok(found),
     }
 }
 
-fn recover_source(journal: Journal, cgroups: &CgroupFs) -> io::Result<Option<Unsettled>> {
+fn recover_side(id: MigrationId, side: Side, cgroups: &CgroupFs) -> io::Result<Found> {
+    let Some((journal, contents)) = Journal::take_over(id, side)? else {
+        return Ok(Found::UnderWay);
+    };
+    if contents.is_empty() {
+        if age_of(id) < FORGET_EMPTY {
+            return Ok(Found::UnderWay);
+        }
+        // Of a haulier that was killed as soon as it had begun.
+        journal.remove();
+        return Ok(Found::Nothing);
+    }
+    if !contents.is_of(side) {
+        return Ok(Found::Nothing);
+    }
+    match side {
+        Side::Source => recover_source(journal, cgroups),
+        Side::Destination => {
+            recover_destination(journal, &contents, cgroups)?;
+            Ok(Found::Nothing)
+        }
+    }
+}
+
+fn recover_source(journal: Journal, cgroups: &CgroupFs) -> io::Result<Found> {
     end_throttle(journal.contents());
     match rule::source(&journal.contents().source_records()) {
-        SourceRecovery::Finish(_) => finish(journal, cgroups).map(|()| None),
-        SourceRecovery::Ask(machine) => Ok(Some(Unsettled::new(journal, machine))),
+        SourceRecovery::Finish(_) => {
+            finish(journal, cgroups)?;
+            Ok(Found::Nothing)
+        }
+        SourceRecovery::Ask(machine) => Ok(Found::Unsettled(Unsettled::new(journal, machine))),
         SourceRecovery::Person => {
             warn!("{}", stranded(journal.id()));
-            Ok(None)
+            Ok(Found::Nothing)
         }
     }
 }

@@ -11,6 +11,7 @@ use haulier::source::again::Asking;
 use haulier::status::{self, Status};
 use haulier_proto::id::MigrationId;
 use haulier_targets::cgroup::CgroupFs;
+use haulier_transport::tcp::LinkTime;
 
 use crate::NEEDS_YOU;
 
@@ -41,6 +42,9 @@ pub(crate) struct Recover {
     /// How long to ask a destination that does not answer
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(..=86_400))]
     wait: u64,
+    /// How long a connection may be dead before it counts as broken; more for a WAN
+    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(4..=86_400))]
+    link_time: u64,
 }
 
 /// Bring a process back whose migration is under way on this host
@@ -126,6 +130,7 @@ pub(crate) fn recover(arguments: &Recover) -> anyhow::Result<u8> {
     let asking = Asking {
         patience: Duration::from_secs(arguments.wait),
         bring: true,
+        link_time: LinkTime::new(Duration::from_secs(arguments.link_time)),
     };
     for unsettled in recovery::recover_all(&cgroups) {
         recovery::ask(unsettled, &cgroups, &asking, &stop);

@@ -1,5 +1,6 @@
 //! What there is of migrations on this host, in words: `haulier status`.
 
+use std::fs;
 use std::io::{self, Write};
 
 use haulier_engine::journal::SourceRecord;
@@ -59,6 +60,15 @@ pub fn of(id: MigrationId) -> Vec<Status> {
             Side::Destination => of_destination(id, &contents, is_under_way),
         };
         status.worker = worker;
+        if let Some(pid) = worker.filter(|pid| is_stopped(*pid)) {
+            status.state = format!(
+                "{}; process {pid}, which works on it, is stopped",
+                status.state
+            );
+            status = status.remedy(format!(
+                "kill -CONT {pid}; or end it, kill -KILL {pid}, and then {RECOVER}"
+            ));
+        }
         status.holdings = contents.holdings(side).iter().map(describe).collect();
         status
     };
@@ -216,6 +226,12 @@ fn peer(contents: &Contents) -> String {
     peers
         .next_back()
         .unwrap_or_else(|| "the destination".to_owned())
+}
+
+/// Whether a signal has stopped a process. Nobody else works on its migration for as long as it lives.
+fn is_stopped(pid: i32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("State:\tT"))
 }
 
 /// Without what is secret.

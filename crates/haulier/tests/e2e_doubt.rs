@@ -15,10 +15,8 @@ use haulier_proto::frame::{HEADER_BYTES, Kind, MAGIC};
 use haulier_proto::message::{Commit, ImagesDone, Role, RoundEnd, control};
 use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
-use script::{
-    Destination, Incoming, Source, failed, goes_on, journals, locks, long, lost, resumed,
-    stands_still,
-};
+use script::{Destination, Incoming, Source, failed, long, lost, resumed};
+use stage::sight::{goes_on, journals, locks, stands_still};
 use stage::{LONG, MOVING_V4, Stage, eventually, start};
 
 const HAULIER: &str = env!("CARGO_BIN_EXE_haulier");

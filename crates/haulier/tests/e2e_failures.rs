@@ -201,17 +201,28 @@ fn too_little_memory_allowed_there() {
     served.assert_untouched(&output, NOTHING_TOUCHED, &words);
 }
 
+/// Bytes that host 1 has sent over the connections of a migration.
+fn sent(stage: &Stage) -> u64 {
+    let told = "ss -Htni dport = :7000 | grep -o 'bytes_sent:[0-9]*'";
+    let told = stage.host(1).shell(told).unwrap().stdout;
+    let each = told
+        .lines()
+        .filter_map(|line| line.rsplit(':').next()?.parse::<u64>().ok());
+    each.sum()
+}
+
 /// Starts a migration and lets something happen while the target is frozen and its memory is on the
 /// way; then the network is fast again.
 fn amid(served: &Served, options: &[&str], happens: impl FnOnce(&Captured)) -> Output {
     let stage = &served.stage;
-    let frozen = ["--mode", "stop-and-copy"];
+    let frozen = ["--mode", "stop-and-copy", "--compress", "none"];
     let options: Vec<&str> = MOVE.iter().chain(&frozen).chain(options).copied().collect();
     let migration = stage.migration(1, served.redis.pid(), 2, &options);
-    let migration = migration.spawn_captured().unwrap();
-    eventually("the target is frozen", || {
-        let tables = stage.host(1).run(["nft", "list", "tables"]).unwrap();
-        tables.success().contains("haulier")
+    let migration = stage.held(migration, "source phase send");
+    let before = sent(stage);
+    stage.go(1);
+    eventually("pages are on their way", || {
+        sent(stage) > before + (1 << 18)
     });
     happens(&migration);
     let output = migration.finish(LONG).unwrap();
@@ -302,18 +313,7 @@ fn amid_rounds(served: &Served, options: &[&str], happens: impl FnOnce(&Captured
     let options: Vec<&str> = MOVE.iter().chain(&rounds).chain(options).copied().collect();
     let migration = stage.migration(1, served.redis.pid(), 2, &options);
     let migration = migration.spawn_captured().unwrap();
-    let sent = || {
-        stage
-            .host(1)
-            .shell("ss -Htni dport = :7000 | grep -o 'bytes_sent:[0-9]*'")
-    };
-    eventually("pages are on their way", || {
-        let sent = sent().unwrap().stdout;
-        let bytes = sent
-            .lines()
-            .filter_map(|line| line.rsplit(':').next()?.parse().ok());
-        bytes.max().unwrap_or(0_u64) > 1 << 20
-    });
+    eventually("pages are on their way", || sent(stage) > 1 << 20);
     happens(&migration);
     let output = migration.finish(LONG).unwrap();
     stage.lab.shape(None).unwrap();

@@ -64,6 +64,26 @@ fn agents_that_are_killed_from_the_commit_on_in_hybrid() {
     play("hybrid", &agents, from_the_commit_on);
 }
 
+/// For as long as it lives nobody else decides anything, and what it does then is right.
+#[test]
+fn agents_that_wake_up_after_a_recovery() {
+    let (source, destination) = (Victim::Source, Victim::Destination);
+    for (mode, victim, points) in [
+        ("pre-copy", source, &["source SendCommit"][..]),
+        (
+            "pre-copy",
+            destination,
+            &["destination Record(Committed)", "destination Thaw"],
+        ),
+        ("hybrid", source, &["source Serve"]),
+        ("hybrid", destination, &["destination Thaw"]),
+    ] {
+        play(mode, &[Fault::Wake(victim)], |point| {
+            points.contains(&point)
+        });
+    }
+}
+
 #[test]
 #[ignore = "takes half an hour and more: scripts/fault-matrix"]
 fn everything_anywhere() {

@@ -2,31 +2,31 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use haulier_criu::find::Version;
 use haulier_proto::message::{Findings, Problem, Requirements};
 use haulier_targets::network::{self, MoveIp};
 use haulier_targets::{files, host};
+use haulier_transport::wait::Cancel;
 
 use crate::destination::Shared;
 
 /// Memory that has to remain for everything else.
 const SPARE_MEMORY: u64 = 64 << 20;
-/// How long a connection that was cut may go unnoticed: the kernel's first probe comes after 5 s.
-const LETTING_GO: Duration = Duration::from_secs(7);
+/// How long what a connection that was cut leaves behind takes to go, once the cut is noticed.
+const LETTING_GO: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(50);
 /// Most problems of a kind that are listed; the first ones tell enough.
 const MOST_LISTED: usize = 5;
 
-/// What stands in the way.
-pub(crate) fn findings(shared: &Shared, needs: &Requirements) -> Findings {
+/// What stands in the way. `stop` tells that the source has gone.
+pub(crate) fn findings(shared: &Shared, needs: &Requirements, stop: &Cancel) -> Findings {
     let mut problems = Vec::new();
     problems.extend(platform(shared, needs));
     problems.extend(criu(shared, needs));
     problems.extend(memory(shared, needs));
-    problems.extend(places(shared, needs));
+    problems.extend(places(shared, needs, stop));
     problems.extend(
         files::problems_with(&needs.files)
             .into_iter()
@@ -45,16 +45,18 @@ pub(crate) fn findings(shared: &Shared, needs: &Requirements) -> Findings {
 
 /// Process numbers and addresses. A target whose last move ended with the link may come again before
 /// this host's kernel has noticed that end, and what was made for it is gone.
-fn places(shared: &Shared, needs: &Requirements) -> Vec<Problem> {
-    let deadline = Instant::now() + LETTING_GO;
+fn places(shared: &Shared, needs: &Requirements, stop: &Cancel) -> Vec<Problem> {
+    // A cut is noticed at the kernel's first probe.
+    let deadline = Instant::now() + shared.options.link_time.attempt() + LETTING_GO;
     loop {
+        // Asked first: what one that ends in this moment has left is seen when it is looked again.
+        let others = shared.registry.undecided() > 1;
         let mut problems = numbers(needs);
         problems.extend(addresses(needs));
-        let others = shared.registry.undecided() > 1;
-        if problems.is_empty() || !others || Instant::now() > deadline {
+        let late = Instant::now() > deadline || shared.stop.is_cancelled();
+        if problems.is_empty() || !others || late || stop.sleep(LOOK) {
             return problems;
         }
-        thread::sleep(LOOK);
     }
 }
 

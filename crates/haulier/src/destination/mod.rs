@@ -5,6 +5,7 @@ mod check;
 mod hold;
 mod link;
 mod moves;
+mod orphans;
 mod receivers;
 mod registry;
 mod session;
@@ -21,13 +22,13 @@ use haulier_targets::cgroup::CgroupFs;
 use haulier_targets::host::{self, Host};
 use haulier_transport::channel::Channel;
 use haulier_transport::greeting::{self, Identity, Purpose};
-use haulier_transport::tcp::Listener;
+use haulier_transport::tcp::{LinkTime, Listener};
 use haulier_transport::wait::{Cancel, Wait, WaitError};
 use tracing::{info, warn};
 
 use self::registry::Registry;
+use crate::SOFTWARE;
 use crate::source::again::Asking;
-use crate::{SOFTWARE, recovery};
 
 /// How long a new connection may take to say who it is.
 const GREETING_TIME: Duration = Duration::from_secs(10);
@@ -43,6 +44,8 @@ pub struct Options {
     pub criu: Option<PathBuf>,
     /// How long a single step may take: receiving, restoring, waiting for the commit.
     pub step_time: Duration,
+    /// How long a connection may be dead before it counts as broken.
+    pub link_time: LinkTime,
     /// Most bytes that pages and images of one migration may take here before they are placed.
     pub max_memory: u64,
 }
@@ -69,14 +72,19 @@ pub fn serve(options: Options, stop: &Cancel, ready: impl FnOnce(&str)) -> anyho
         host::is_root(),
         "restoring processes needs root: run it with sudo"
     );
-    let listener = Listener::bind(&options.listen)?;
+    let listener = Listener::bind_until(&options.listen, stop)?;
     let address = listener
         .local_address()
         .context("no address to listen on")?
         .to_string();
     let host = Host::this();
     let cgroups = CgroupFs::find()?;
-    settle_in_background(&cgroups, stop);
+    let asking = Asking {
+        patience: Duration::MAX,
+        bring: true,
+        link_time: options.link_time,
+    };
+    let orphans = orphans::look_after(&cgroups, &asking, stop)?;
     let criu = Criu::find(options.criu.as_deref()).map_err(|error| error.to_string());
     match &criu {
         Ok(criu) => info!("with {criu}"),
@@ -116,22 +124,16 @@ pub fn serve(options: Options, stop: &Cancel, ready: impl FnOnce(&str)) -> anyho
     if !shared.registry.wait_until_idle(FAREWELL_TIME) {
         warn!("some migrations did not come to an end");
     }
+    // What it has begun to recover it brings to an end; after a panic the next server does.
+    let _ = orphans.join();
     Ok(())
 }
 
-/// Goes on asking about migrations from this host that only their destinations can settle.
-fn settle_in_background(cgroups: &CgroupFs, stop: &Cancel) {
-    for unsettled in recovery::recover_all(cgroups) {
-        let (cgroups, stop) = (cgroups.clone(), stop.clone());
-        let asking = Asking {
-            patience: Duration::MAX,
-            bring: true,
-        };
-        thread::spawn(move || recovery::ask(unsettled, &cgroups, &asking, &stop));
-    }
-}
-
 fn greet(shared: &Arc<Shared>, mut channel: Channel) {
+    if let Err(error) = shared.options.link_time.apply(&channel) {
+        info!(%error, peer = channel.peer(), "turned away");
+        return;
+    }
     let wait = shared.stop.wait(GREETING_TIME);
     let (hello, purpose, version) = match greeting::receive_hello(&mut channel, &shared.me, &wait) {
         Ok(greeted) => greeted,

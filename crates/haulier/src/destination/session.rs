@@ -154,7 +154,10 @@ impl<'a> Session<'a> {
         loop {
             match self.next("a check") {
                 Ok(control::Body::Check(needs)) => {
-                    let findings = check::findings(self.shared, &needs);
+                    let Some(link) = &self.link else {
+                        return Err(Setback::Disconnected);
+                    };
+                    let findings = check::findings(self.shared, &needs, &link.stop);
                     for problem in &findings.problems {
                         info!(what = problem.what, "cannot take {}", needs.program);
                     }

@@ -11,6 +11,7 @@ use haulier_proto::message::{Commit, Missing, Rejoin, Role, control};
 use haulier_targets::cgroup::CgroupFs;
 use haulier_targets::host::Host;
 use haulier_transport::greeting::Identity;
+use haulier_transport::tcp::LinkTime;
 use haulier_transport::wait::{Cancel, Wait};
 use thiserror::Error;
 use tracing::{info, warn};
@@ -24,9 +25,7 @@ use crate::failure::Failure;
 use crate::journal::{Holding, Journal, Side};
 use crate::recovery;
 
-/// How long one attempt to reach the destination may take.
-const CONNECT_TIME: Duration = Duration::from_secs(5);
-/// Pause between such attempts.
+/// Pause between attempts to reach the destination.
 const PAUSE: Duration = Duration::from_millis(500);
 /// How often everything is looked at.
 const LOOK: Duration = Duration::from_millis(20);
@@ -46,6 +45,8 @@ pub struct Asking {
     pub patience: Duration,
     /// Whether to bring pages that the target lacks there, however long that takes.
     pub bring: bool,
+    /// How long a connection may be dead before it counts as broken.
+    pub link_time: LinkTime,
 }
 
 /// What the destination said of it.
@@ -161,8 +162,9 @@ struct Conversation {
 impl Conversation {
     /// Until the machine is at its end, the time without an answer is over, or it is stopped.
     fn run(&mut self, stop: &Cancel) -> Result<(), AskError> {
-        self.dialer = Some(dialer(&self.journal).ok_or(AskError::NoPeer)?);
-        let patience = self.how.patience;
+        let dialer = dialer(&self.journal, self.how.link_time);
+        self.dialer = Some(dialer.ok_or(AskError::NoPeer)?);
+        let (patience, attempt) = (self.how.patience, self.how.link_time.attempt());
         let mut silent_since = Instant::now();
         let mut last = Ok(());
         while !self.machine.is_final() && !stop.is_cancelled() {
@@ -183,7 +185,7 @@ impl Conversation {
                 Ok(true) => silent_since = Instant::now(),
                 Ok(false) if self.behind.is_some() => silent_since = Instant::now(),
                 // It is connected and says nothing: it places pages, or knows no answer.
-                Ok(false) if silent_since.elapsed() > patience.max(CONNECT_TIME) => {
+                Ok(false) if silent_since.elapsed() > patience.max(attempt) => {
                     self.link = None;
                 }
                 Ok(false) => {}
@@ -203,7 +205,7 @@ impl Conversation {
         let Some(dialer) = &self.dialer else {
             return Err(AskError::NoPeer);
         };
-        let wait = Wait::uncancellable(CONNECT_TIME);
+        let wait = Wait::uncancellable(self.how.link_time.attempt());
         let link = dialer.command(None, &wait);
         let link = link.map_err(|source| transport(dialer, source))?;
         let local = haulier_transport::tcp::local_address(link.channel());
@@ -294,7 +296,7 @@ impl Conversation {
         let (Some(link), Some(dialer)) = (&mut self.link, &self.dialer) else {
             return Ok(());
         };
-        let wait = Wait::uncancellable(CONNECT_TIME);
+        let wait = Wait::uncancellable(self.how.link_time.attempt());
         let sent = link.send(body, &wait);
         sent.map_err(|source| transport(dialer, source))
     }
@@ -318,13 +320,13 @@ impl Conversation {
             warn!(id = %self.journal.id(), "{error}");
             return Err(error);
         }
-        let wait = Wait::uncancellable(CONNECT_TIME);
+        let wait = Wait::uncancellable(self.how.link_time.attempt());
         let memory = open_memory(dialer, self.streams, &wait);
         let memory = memory.map_err(|source| transport(dialer, source))?;
         let faults = dialer.open(Role::Faults, 0, &wait);
         let (faults, _) = faults.map_err(|source| transport(dialer, source))?;
         let serving = |error: Box<dyn std::error::Error + Send + Sync>| AskError::Serve(error);
-        let behind = Behind::new(tasks, StreamOptions::default());
+        let behind = Behind::new(tasks, StreamOptions::default(), self.how.link_time);
         let mut behind = behind.map_err(|e| serving(e.into()))?;
         info!(id = %self.journal.id(), pages = behind.remaining(), "serving again");
         let started = behind.start(faults, memory, missing.round);
@@ -334,7 +336,7 @@ impl Conversation {
     }
 }
 
-fn dialer(journal: &Journal) -> Option<Dialer> {
+fn dialer(journal: &Journal, link_time: LinkTime) -> Option<Dialer> {
     let holdings = journal.contents().holdings(Side::Source).into_iter();
     let mut peer = holdings.filter_map(|holding| match holding {
         Holding::Peer { address, secret } => Some((address, secret)),
@@ -349,6 +351,7 @@ fn dialer(journal: &Journal) -> Option<Dialer> {
         },
         migration: journal.id(),
         secret,
+        link_time,
     })
 }
 

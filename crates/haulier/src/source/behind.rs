@@ -12,17 +12,17 @@ use haulier_memory::stream::StreamOptions;
 use haulier_proto::message::{Missing, MissingPages};
 use haulier_sys::wait::Cancel;
 use haulier_transport::channel::Channel;
+use haulier_transport::tcp::LinkTime;
 
 use crate::report::PostCopy;
-
-/// How long a connection may be silent. Both sides speak each second.
-const SILENCE: Duration = Duration::from_secs(20);
 
 /// The pages, and the thread that serves them.
 #[derive(Debug)]
 pub(super) struct Behind {
     server: Arc<PageServer>,
     options: StreamOptions,
+    /// How long a connection may be silent. Both sides speak each second.
+    silence: Duration,
     running: Option<Running>,
     totals: PostCopy,
     served: bool,
@@ -52,6 +52,7 @@ impl Behind {
     pub(super) fn new(
         tasks: Vec<(u32, Vec<PageRange>)>,
         options: StreamOptions,
+        link_time: LinkTime,
     ) -> Result<Behind, ReadError> {
         let order = |(task, ranges): (u32, Vec<PageRange>)| TaskOrder {
             pid: task as i32,
@@ -66,6 +67,7 @@ impl Behind {
         Ok(Behind {
             server: Arc::new(server),
             options,
+            silence: link_time.whole(),
             running: None,
             totals,
             served: false,
@@ -86,7 +88,7 @@ impl Behind {
     ) -> std::io::Result<()> {
         self.stop();
         let stop = Cancel::new()?;
-        let (server, wait) = (Arc::clone(&self.server), stop.wait_idle(SILENCE));
+        let (server, wait) = (Arc::clone(&self.server), stop.wait_idle(self.silence));
         let mut options = ServeOptions::new(round);
         options.stream = self.options.clone();
         let serve = move || server.serve(&mut faults, &mut memory, &options, &wait);

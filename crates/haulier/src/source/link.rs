@@ -1,5 +1,6 @@
 //! The source's connections to the destination.
 
+use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use haulier_proto::message::{Role, control};
 use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
 use haulier_transport::greeting::{self, Agreed, Identity, Purpose};
-use haulier_transport::tcp;
+use haulier_transport::tcp::{self, LinkTime};
 use haulier_transport::wait::{Cancel, Wait};
 
 use crate::commands::{self, Incoming, MOST_WAITING};
@@ -20,6 +21,7 @@ pub(crate) struct Dialer {
     pub(crate) me: Identity,
     pub(crate) migration: MigrationId,
     pub(crate) secret: Secret,
+    pub(crate) link_time: LinkTime,
 }
 
 /// The command connection: messages are taken in by a thread, so that a failure over there, or the
@@ -40,6 +42,8 @@ impl Dialer {
         wait: &Wait,
     ) -> Result<(Channel, Agreed), TransportError> {
         let mut channel = tcp::connect(&self.address, wait)?;
+        let set = self.link_time.apply(&channel);
+        set.map_err(|source| self.broken(source))?;
         let purpose = Purpose {
             migration: self.migration,
             secret: self.secret.clone(),
@@ -57,19 +61,21 @@ impl Dialer {
         wait: &Wait,
     ) -> Result<Link, TransportError> {
         let (channel, agreed) = self.open(Role::Command, 0, wait)?;
-        let reader = channel
-            .try_clone()
-            .map_err(|source| TransportError::Broken {
-                peer: self.address.clone(),
-                doing: "setting it up",
-                source,
-            })?;
+        let reader = channel.try_clone().map_err(|source| self.broken(source))?;
         let incoming = commands::listen(reader, None, stop.cloned());
         Ok(Link {
             channel,
             incoming,
             agreed,
         })
+    }
+
+    fn broken(&self, source: io::Error) -> TransportError {
+        TransportError::Broken {
+            peer: self.address.clone(),
+            doing: "setting it up",
+            source,
+        }
     }
 }
 

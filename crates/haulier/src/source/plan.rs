@@ -14,7 +14,7 @@ use haulier_targets::files;
 use haulier_targets::host::{self, Host};
 use haulier_targets::network::{self, Connection, MoveIp};
 use haulier_targets::process::ProcessTree;
-
+use haulier_transport::tcp::LinkTime;
 use tracing::warn;
 
 use crate::claim::{self, Claim};
@@ -50,6 +50,8 @@ pub struct Options {
     pub step_time: Duration,
     /// How long to keep asking for an answer to the commit before giving up, frozen.
     pub doubt_time: Duration,
+    /// How long a connection may be dead before it counts as broken.
+    pub link_time: LinkTime,
     /// Whether processor features are compared.
     pub check_cpu: bool,
 }

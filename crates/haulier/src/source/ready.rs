@@ -54,6 +54,7 @@ impl Ready {
             let asking = Asking {
                 patience: ASKING_TIME,
                 bring: false,
+                link_time: options.link_time,
             };
             for unsettled in recovery::recover_all(&cgroups) {
                 recovery::ask(unsettled, &cgroups, &asking, stop);
@@ -78,6 +79,7 @@ impl Ready {
             },
             migration: id,
             secret: Secret::from_random(random::bytes()),
+            link_time: options.link_time,
         };
         let wait = stop.wait(options.step_time);
         let mut link = dialer

@@ -14,9 +14,7 @@ use super::{Migration, Outcome, Setback};
 use crate::commands::Incoming;
 use crate::failure::Failure;
 
-/// How long one attempt to reach the destination again may take.
-const RECONNECT_TIME: Duration = Duration::from_secs(5);
-/// Pause between such attempts.
+/// Pause between attempts to reach the destination again.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(500);
 /// How often everything is looked at.
 const LOOK: Duration = Duration::from_millis(20);
@@ -129,7 +127,7 @@ impl Migration<'_> {
         }
         let memory_streams = self.memory_streams;
         // Not cancelled by what cancels everything before the commit: the end of the first connection.
-        let wait = Wait::uncancellable(RECONNECT_TIME);
+        let wait = Wait::uncancellable(self.options.link_time.attempt());
         if let Some(link) = &mut self.link {
             let sent = link.send(control::Body::Rejoin(Rejoin { memory_streams }), &wait);
             sent.map_err(|e| self.setback(&e))?;
@@ -141,7 +139,7 @@ impl Migration<'_> {
         if self.behind.is_none() {
             return Ok(());
         }
-        let wait = Wait::uncancellable(RECONNECT_TIME);
+        let wait = Wait::uncancellable(self.options.link_time.attempt());
         let memory = open_memory(&self.dialer, memory_streams, &wait);
         let memory = memory.map_err(|e| self.setback(&e))?;
         let faults = self.dialer.open(Role::Faults, 0, &wait);
@@ -164,7 +162,7 @@ impl Migration<'_> {
 
     /// What the destination lacks; `None` if the migration is over.
     fn await_missing(&mut self) -> Result<Option<Missing>, Setback> {
-        let deadline = Instant::now() + RECONNECT_TIME;
+        let deadline = Instant::now() + self.options.link_time.attempt();
         while Instant::now() < deadline {
             let Some(link) = &self.link else { break };
             match link.receive(LOOK) {
@@ -196,7 +194,7 @@ impl Migration<'_> {
         std::thread::sleep(RECONNECT_PAUSE);
         match self
             .dialer
-            .command(None, &Wait::uncancellable(RECONNECT_TIME))
+            .command(None, &Wait::uncancellable(self.options.link_time.attempt()))
         {
             Ok(link) => {
                 info!("reconnected");

@@ -114,7 +114,8 @@ impl Migration<'_> {
             compression: self.options.compression,
             ..StreamOptions::default()
         };
-        let behind = Behind::new(left, options).map_err(|e| self.setback(&e))?;
+        let behind =
+            Behind::new(left, options, self.options.link_time).map_err(|e| self.setback(&e))?;
         self.report.left_behind = behind.remaining();
         self.behind = Some(behind);
         Ok(Event::AllSent)

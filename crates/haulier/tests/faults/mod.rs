@@ -10,12 +10,11 @@ use haulier_engine::{destination, source};
 use haulier_lab::workloads::{RedisClient, check_redis, fill_redis, start_redis};
 use haulier_lab::{Captured, Process, ProcessInfo, Signal};
 
-use crate::stage::{LONG, MOVING_V4, Stage};
+use crate::stage::{GO, LONG, MOVING_V4, PORT, Stage};
 
-/// Ends a hold.
-const GO: &str = "/run/haulier-test-go";
 const SEED: u64 = 5;
 const DATA: u64 = 8 << 20;
+const NOTHING_TOUCHED: i32 = 3;
 const NEEDS_YOU: i32 = 5;
 /// How long a side that hears nothing waits, so that a stopped peer is noticed while a test runs.
 const TIMES: [&str; 4] = ["--step-time", "2", "--doubt-time", "3"];
@@ -38,6 +37,8 @@ pub(crate) enum Fault {
     Kill(Victim),
     /// Stopped until its peers have lost patience, and then let go on.
     Stop(Victim),
+    /// The same, but only when both hosts have been recovered as far as others can.
+    Wake(Victim),
     /// Every connection is reset, and none can be made for a moment.
     Cut,
 }
@@ -144,20 +145,31 @@ impl<'a> Case<'a> {
             server = self.start_server(false);
         }
         for host in [1, 2] {
-            self.stage.host(host).write_file(GO, b"").unwrap();
+            self.stage.go(host);
         }
-        if hit && matches!(self.fault, Fault::Stop(_)) {
-            std::thread::sleep(STOPPED);
+        let mut helpers = Vec::new();
+        if hit && matches!(self.fault, Fault::Stop(_) | Fault::Wake(_)) {
+            self.never_two_for(STOPPED);
+            if matches!(self.fault, Fault::Wake(_)) {
+                helpers = self.recover_meanwhile();
+                self.never_two_for(STOPPED);
+            }
             self.signal(Signal::CONT);
+            // One that wakes up does no harm.
+            let (host, pid) = (self.stage.host(1), migration.process.pid());
+            self.never_two(|| host.process_alive(pid));
         }
         let output = migration.finish(LONG).unwrap();
         let code = output.status.code();
         // Who is in doubt, or was killed, is helped by the haulier that starts next.
         let settled = code.is_some_and(|code| code != NEEDS_YOU);
-        let helper = (!settled).then(|| self.stage.serve(1));
+        let helper = match helpers.is_empty() {
+            true => (!settled).then(|| self.stage.serve(1)),
+            false => helpers.pop(),
+        };
         let end = self.wait_settled(&output.stderr, helper.as_ref());
         self.check(end);
-        drop((server, helper));
+        drop((server, helper, helpers));
         match hit {
             true => end,
             false => End::Nobody,
@@ -190,7 +202,7 @@ impl<'a> Case<'a> {
     fn strike(&self) -> bool {
         match self.fault {
             Fault::Kill(_) => self.signal(Signal::KILL),
-            Fault::Stop(_) => self.signal(Signal::STOP),
+            Fault::Stop(_) | Fault::Wake(_) => self.signal(Signal::STOP),
             Fault::Cut => {
                 self.stage.break_connections(1);
                 true
@@ -199,7 +211,7 @@ impl<'a> Case<'a> {
     }
 
     fn signal(&self, signal: Signal) -> bool {
-        let (Fault::Kill(victim) | Fault::Stop(victim)) = self.fault else {
+        let (Fault::Kill(victim) | Fault::Stop(victim) | Fault::Wake(victim)) = self.fault else {
             return false;
         };
         let haulier = |process: &ProcessInfo, word: &str| {
@@ -226,14 +238,61 @@ impl<'a> Case<'a> {
         chosen.map(|process| process.pid).collect()
     }
 
+    /// What others do while the victim stands: nothing that could go wrong when it wakes up. Returns a
+    /// server on host 2, at another port, and one on host 1.
+    fn recover_meanwhile(&self) -> Vec<Captured> {
+        let host = self.victims_host();
+        for each in [1, 2] {
+            let recover = ["recover", "--wait", "1", "--link-time", "4"];
+            let output = self.stage.haulier(each).args(recover).output(LONG).unwrap();
+            if each == host {
+                assert_eq!(output.status.code(), Some(NEEDS_YOU), "{self}");
+                assert!(output.stdout.contains("kill -CONT"), "{}", output.stdout);
+            }
+        }
+        let again = [&TIMES[..], &["--link-time", "4"]].concat();
+        let again = self.stage.migrate(1, self.redis.pid(), 2, &again);
+        assert_eq!(again.status.code(), Some(NOTHING_TOUCHED), "{self}");
+        let elsewhere = format!("{}:{}", self.stage.host(2).ipv4(), PORT + 1);
+        let elsewhere = self
+            .stage
+            .haulier(2)
+            .args(["serve", "--listen", &elsewhere]);
+        let elsewhere = elsewhere.spawn_captured().unwrap();
+        elsewhere.wait_for_output("listening on", LONG).unwrap();
+        vec![elsewhere, self.stage.serve(1)]
+    }
+
+    fn victims_host(&self) -> usize {
+        match self.fault {
+            Fault::Wake(Victim::Source | Victim::Dump) => 1,
+            _ => 2,
+        }
+    }
+
+    fn never_two_for(&self, time: Duration) {
+        let until = Instant::now() + time;
+        self.never_two(|| Instant::now() < until);
+    }
+
+    /// Two copies run at no moment for as long as that holds.
+    fn never_two(&self, mut meanwhile: impl FnMut() -> bool) {
+        let deadline = Instant::now() + LONG;
+        while meanwhile() {
+            self.assert_not_two();
+            assert!(Instant::now() < deadline, "it does not end: {self}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// Until exactly one copy runs and nobody has anything left to do; never do two run.
     fn wait_settled(&self, said: &str, helper: Option<&Captured>) -> End {
         let deadline = Instant::now() + LONG;
         let pid = self.redis.pid();
         let mut announced = false;
         loop {
+            self.assert_not_two();
             let (here, there) = (self.runs(1), self.runs(2));
-            assert!(!(here && there), "two run: {self}");
             let all = helper.map(|helper| helper.stderr().unwrap());
             let all = format!("{said}{}", all.unwrap_or_default());
             let (alive_here, alive_there) = (
@@ -274,12 +333,6 @@ impl<'a> Case<'a> {
     /// Whether a copy that stands on a host is one that can go on by itself. While CRIU is at work it
     /// is CRIU's code that runs in a copy there.
     fn runs(&self, host: usize) -> bool {
-        let pid = self.redis.pid();
-        let line = format!(
-            "g=/sys/fs/cgroup$(sed -n s/^0:://p /proc/{pid}/cgroup) && \
-             grep -q 'frozen 0' $g/cgroup.events && \
-             grep -q '^State:.[RSD]' /proc/{pid}/status"
-        );
         if host == 2
             && !self
                 .matching(2, |process| process.is_named("criu"))
@@ -287,7 +340,28 @@ impl<'a> Case<'a> {
         {
             return false;
         }
-        self.stage.host(host).shell(&line).unwrap().status.success()
+        is_running(&self.told(host))
+    }
+
+    /// What the kernel tells of a copy.
+    fn told(&self, host: usize) -> String {
+        let pid = self.redis.pid();
+        let line = format!(
+            "cat /sys/fs/cgroup$(sed -n s/^0:://p /proc/{pid}/cgroup)/cgroup.events \
+             /proc/{pid}/status; echo stat $(sed 's/.*) //' /proc/{pid}/stat)"
+        );
+        self.stage.host(host).shell(&line).unwrap().stdout
+    }
+
+    #[track_caller]
+    fn assert_not_two(&self) {
+        let looks = || [1, 2].map(|host| (self.runs(host), self.told(host)));
+        if looks().iter().all(|(runs, _)| *runs) {
+            // One that is killed at this moment is let go by the freezer before it is told as dying.
+            let again = looks();
+            let both = again.iter().all(|(runs, _)| *runs);
+            assert!(!both, "two run: {self}: {again:#?}");
+        }
     }
 
     /// Memory is right, the client was served without a gap in what it counts, nothing is left.
@@ -304,17 +378,29 @@ impl<'a> Case<'a> {
             End::There => (2, 1),
             End::Here | End::Announced | End::Nobody => (1, 2),
         };
-        let go = format!("file {GO}");
-        self.stage.assert_clean(other, &["cgroup /redis", &go]);
-        let own = [
-            "cgroup /redis",
-            "cgroup /haulier",
-            "process ",
-            "address ",
-            &go,
-        ];
+        self.stage.assert_clean(other, &["cgroup /redis"]);
+        let own = ["cgroup /redis", "cgroup /haulier", "process ", "address "];
         self.stage.assert_clean(home, &own);
     }
+}
+
+/// Not frozen, and neither stopped nor about to die.
+fn is_running(told: &str) -> bool {
+    const KILL: u64 = 1 << 8;
+    const EXITING: u64 = 4;
+    let word = |name: &str, number: usize| {
+        let line = told.lines().find(|line| line.starts_with(name))?;
+        line.split_ascii_whitespace().nth(number)
+    };
+    let killed = ["SigPnd:", "ShdPnd:"].into_iter().any(|name| {
+        let pending = word(name, 1).and_then(|hex| u64::from_str_radix(hex, 16).ok());
+        pending.is_some_and(|pending| pending & KILL != 0)
+    });
+    // The state is the first word after the name, the flags the seventh.
+    let flags = word("stat", 7).and_then(|flags| flags.parse().ok());
+    let exiting = flags.is_none_or(|flags: u64| flags & EXITING != 0);
+    let state = word("State:", 1).is_some_and(|state| ["R", "S", "D"].contains(&state));
+    word("frozen ", 1) == Some("0") && state && !killed && !exiting
 }
 
 /// That the last copy stands on the source, and what to do.
@@ -344,6 +430,7 @@ impl fmt::Display for Fault {
         match self {
             Fault::Kill(who) => write!(f, "{} killed", victim(who)),
             Fault::Stop(who) => write!(f, "{} stopped", victim(who)),
+            Fault::Wake(who) => write!(f, "{} woken after a recovery", victim(who)),
             Fault::Cut => f.write_str("link cut"),
         }
     }

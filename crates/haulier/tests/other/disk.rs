@@ -1,7 +1,7 @@
 //! Disks that are full, on either host, at every step that needs one.
 
 use super::{MOVE, MOVED, NOTHING_TOUCHED, ROLLED_BACK, Scene, ended, said};
-use crate::script::journals;
+use crate::stage::sight::journals;
 use crate::stage::{LONG, eventually};
 
 const STATE: &str = "/var/lib/haulier";

@@ -10,7 +10,8 @@ use haulier_proto::message::{
 use haulier_transport::channel::Channel;
 
 use super::{HAULIER, MOVED, NEEDS_YOU, NOTHING_TOUCHED, ROLLED_BACK, ended, said};
-use crate::script::{Destination, Incoming, goes_on, journals, long, lost, stands_still};
+use crate::script::{Destination, Incoming, long, lost};
+use crate::stage::sight::{goes_on, journals, stands_still};
 use crate::stage::{LONG, Stage, start};
 
 struct Scene {

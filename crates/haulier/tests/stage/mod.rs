@@ -9,10 +9,12 @@
 
 pub mod database;
 pub mod play;
+pub mod sight;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use haulier::checkpoint::{HOLD_AT, HOLD_UNTIL};
 use haulier_lab::{Captured, Host, HostCommand, Lab, LabConfig, Output, Process, Snapshot};
 
 /// The port `haulier serve` listens on.
@@ -23,6 +25,9 @@ pub const MOVING_V4: &str = "10.77.0.100";
 pub const MOVING_V6: &str = "fd77::100";
 /// No step of a test takes longer, unless something hangs.
 pub const LONG: Duration = Duration::from_secs(120);
+
+/// Ends the hold of [`Stage::held`].
+pub const GO: &str = "/run/haulier-test-go";
 
 /// Hosts, what was on them at the beginning, and the program under test.
 pub struct Stage {
@@ -90,6 +95,22 @@ impl Stage {
             .args(options)
     }
 
+    /// Starts an agent that stops before a point of [`haulier::checkpoint`] until [`Stage::go`], and
+    /// waits until it has come there.
+    #[track_caller]
+    pub fn held(&self, agent: HostCommand, point: &str) -> Captured {
+        let agent = agent.env(HOLD_AT, point).env(HOLD_UNTIL, GO);
+        let agent = agent.spawn_captured().unwrap();
+        let said = format!("held at {point}");
+        agent.wait_for_output(&said, LONG).unwrap();
+        agent
+    }
+
+    /// Lets the agents of a host that are held go on.
+    pub fn go(&self, host: usize) {
+        self.host(host).write_file(GO, b"").unwrap();
+    }
+
     /// Moves a process and returns what haulier said.
     pub fn migrate(&self, from: usize, pid: i32, to: usize, options: &[&str]) -> Output {
         self.migration(from, pid, to, options).output(LONG).unwrap()
@@ -143,6 +164,7 @@ impl Stage {
         let left = self.host(host).diff(&self.before[host - 1]).unwrap();
         left.into_iter()
             .filter(|line| !(line.starts_with("process ") && line.contains(" serve ")))
+            .filter(|line| !line.starts_with(&format!("file {GO}")))
             .collect()
     }
 
