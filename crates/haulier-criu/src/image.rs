@@ -105,6 +105,7 @@ pub struct PagemapEntry {
 
 impl PagemapEntry {
     const LAZY: u32 = 2;
+    const PRESENT: u32 = 4;
 
     /// Number of pages, whichever version wrote it.
     pub fn page_count(&self) -> u64 {
@@ -115,6 +116,11 @@ impl PagemapEntry {
     /// images as well changes nothing: a lazy restore skips them there (CRIU 4.0 to 4.2).
     pub fn is_lazy(&self) -> bool {
         self.flags.unwrap_or(0) & Self::LAZY != 0
+    }
+
+    /// Whether the contents are not in the images, but with the dump, which waits to hand them out.
+    pub fn is_left_behind(&self) -> bool {
+        self.flags.unwrap_or(Self::PRESENT) & (Self::LAZY | Self::PRESENT) == Self::LAZY
     }
 }
 
@@ -158,14 +164,22 @@ impl Image {
         } else {
             Vec::new()
         };
+        if size > LARGEST {
+            return Err(ImageError::Invalid {
+                path: path.to_owned(),
+                reason: format!("{size} bytes are over the limit of {LARGEST}"),
+            });
+        }
+        Image::of(path, bytes, kind)
+    }
+
+    /// An image that is in memory, under the name that errors are to give. Checks its magic.
+    pub(crate) fn of(path: &Path, bytes: Vec<u8>, kind: ImageKind) -> Result<Image, ImageError> {
         let mut image = Image {
             path: path.to_owned(),
             bytes,
             offset: 0,
         };
-        if size > LARGEST {
-            return Err(image.invalid(format!("{size} bytes are over the limit of {LARGEST}")));
-        }
         let (common, magic) = (image.word()?, image.word()?);
         if common != Some(COMMON) || magic != Some(kind.magic()) {
             return Err(image.invalid(format!("it is not a {kind:?} image")));

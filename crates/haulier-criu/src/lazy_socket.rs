@@ -65,6 +65,9 @@ pub enum Message {
     Task {
         /// Its pid inside its own PID namespace, as in the image names.
         vpid: u32,
+        /// Its pid as this process sees it; `None` if it is in no PID namespace that can be seen
+        /// from here. It is the task itself that sends its descriptor.
+        pid: Option<i32>,
         /// `UFFDIO_API` is done on it; ranges are registered later, by the restorer.
         uffd: OwnedFd,
     },
@@ -116,6 +119,9 @@ impl LazyListener {
         // CRIU reaches it by a relative name; ours must fit `sun_path` however deep the directory.
         let short = format!("/proc/self/fd/{}/{SOCKET_NAME}", dir.as_raw_fd());
         let address = SocketAddrUnix::new(short.as_str()).map_err(listen("name", &path))?;
+        // Connections have it from their listener, so that nothing comes without its sender.
+        rustix::net::sockopt::set_socket_passcred(&socket, true)
+            .map_err(listen("ask for the senders of", &path))?;
         rustix::net::bind(&socket, &address).map_err(listen("bind", &path))?;
         let this = Self { socket, dir };
         rustix::net::listen(&this.socket, 1).map_err(listen("listen on", &path))?;
@@ -181,11 +187,11 @@ impl LazyConnection {
     pub fn receive(&mut self) -> Result<Option<Message>, LazySocketError> {
         loop {
             if let Some(vpid) = self.announced {
-                let Some(uffd) = self.receive_descriptor(vpid)? else {
+                let Some((uffd, pid)) = self.receive_descriptor(vpid)? else {
                     return Ok(None);
                 };
                 self.announced = None;
-                return Ok(Some(Message::Task { vpid, uffd }));
+                return Ok(Some(Message::Task { vpid, pid, uffd }));
             }
             if !self.receive_word()? {
                 return Ok(None);
@@ -225,9 +231,13 @@ impl LazyConnection {
         Ok(true)
     }
 
-    fn receive_descriptor(&self, vpid: u32) -> Result<Option<OwnedFd>, LazySocketError> {
+    fn receive_descriptor(
+        &self,
+        vpid: u32,
+    ) -> Result<Option<(OwnedFd, Option<i32>)>, LazySocketError> {
         let mut byte = [0_u8; 1];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space =
+            [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1), ScmCredentials(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = rustix::net::recvmsg(
             &self.socket,
@@ -240,12 +250,18 @@ impl LazyConnection {
             Ok(_) => {}
             Err(errno) => return not_yet(errno).map(|()| None),
         }
-        let mut descriptors = control.drain().filter_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(rights) => Some(rights),
-            _ => None,
-        });
-        match descriptors.next().and_then(|mut rights| rights.next()) {
-            Some(uffd) => Ok(Some(uffd)),
+        let (mut uffd, mut pid) = (None, None);
+        for message in control.drain() {
+            match message {
+                RecvAncillaryMessage::ScmRights(mut rights) => uffd = rights.next(),
+                RecvAncillaryMessage::ScmCredentials(sender) => {
+                    pid = Some(sender.pid.as_raw_nonzero().get());
+                }
+                _ => {}
+            }
+        }
+        match uffd {
+            Some(uffd) => Ok(Some((uffd, pid))),
             None => Err(LazySocketError::Protocol {
                 what: format!("task {vpid} without a descriptor"),
             }),
@@ -323,9 +339,10 @@ mod tests {
         criu.write_all(&FINISHED.to_ne_bytes()).unwrap();
         drop((criu, file));
 
-        let Some(Message::Task { vpid: 7, uffd }) = connection.receive().unwrap() else {
+        let Some(Message::Task { vpid: 7, uffd, pid }) = connection.receive().unwrap() else {
             panic!("no task 7")
         };
+        assert_eq!(pid, Some(std::process::id() as i32), "its sender");
         rustix::io::write(&uffd, b"x").unwrap();
         assert!(matches!(
             connection.receive().unwrap(),

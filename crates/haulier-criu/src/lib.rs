@@ -10,6 +10,7 @@ pub mod image;
 pub mod lazy_socket;
 pub mod log;
 pub mod messages;
+pub mod page_server;
 pub mod restore;
 pub mod skeleton;
 mod swrk;

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use thiserror::Error;
 
 use crate::control::{self, ControlError, Delivered, Listing, Reply, Request};
 use crate::front::Front;
+use crate::lazy::Daemon;
 use crate::link::{Connector, Key, LinkError, Way};
 use crate::local::{self, LocalError};
 use crate::sessions::{self, Greeting, SessionError, Sessions};
@@ -38,10 +40,20 @@ pub struct Options {
     pub keep: usize,
     /// How long a proxy may be out of reach before what it has not sent is given up.
     pub reconnect: Duration,
+    /// Whether dumps may leave pages at their source, from where they are fetched by the tasks' faults.
+    pub lazy_pages: Option<LazyPages>,
     /// What both sides know.
     pub key: Key,
     /// What the proxies are told.
     pub me: Identity,
+}
+
+/// How restores are served whose pages were left behind.
+#[derive(Debug)]
+pub struct LazyPages {
+    /// The program that kills restored tasks when the cache dies before they have all their pages: it
+    /// calls [`haulier_memory::lazy::guard::run_for_tasks`]. Without it they would see zeros then.
+    pub guard: Option<fn() -> io::Result<Command>>,
 }
 
 /// A cache could not start, or had to end.
@@ -83,13 +95,19 @@ pub fn run(
     let store = Arc::new(Store::new(pool, names, options.keep));
     let mut fronts = Vec::new();
     for (target, directory) in &options.targets {
-        fronts.push(Front::new(Arc::clone(&store), target.clone(), directory)?);
+        let daemon = Daemon {
+            store: Arc::clone(&store),
+            guard: options.lazy_pages.as_ref().and_then(|lazy| lazy.guard),
+            stop: stop.clone(),
+        };
+        fronts.push(Front::new(daemon, target.clone(), directory)?);
     }
     let mut connector = Connector::new(options.way)?;
     let sessions = Sessions::new(
         Arc::clone(&store),
         options.me,
         options.key,
+        options.lazy_pages.is_some(),
         options.reconnect,
     );
     let sessions = &sessions;

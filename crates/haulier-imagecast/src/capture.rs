@@ -2,7 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::thread;
 
+use haulier_criu::skeleton::LeftBehind;
 use haulier_images::name::ImageName;
 use haulier_images::page::{self, PAGE, PagesHasher, ZERO_HASH};
 use haulier_images::runs::FRAME_PAGES;
@@ -13,6 +15,7 @@ use thiserror::Error;
 
 use crate::desk::{Desk, DumpFailed, Ticket};
 use crate::inventory;
+use crate::fetch::Fetcher;
 use crate::outbox::Item;
 use crate::store::INVENTORY;
 use crate::stream::{Connection, Incoming, StreamError};
@@ -23,6 +26,8 @@ const CHUNK: usize = FRAME_PAGES * PAGE;
 const PIPE_SIZE: usize = 1 << 20;
 /// Most images that CRIU may have open at once.
 const MOST_OPEN: usize = 4096;
+/// Longest pagemap that is read. What is left out of a longer one makes it invalid.
+const LONGEST_PAGEMAP: usize = 256 << 20;
 /// A dump may be silent for that long: CRIU waits for the kernel, or for a script of its user.
 const SILENCE_SECONDS: i64 = 3600;
 
@@ -62,6 +67,7 @@ pub(crate) fn capture(
     connection: Connection,
     ticket: &Ticket,
     desk: &Desk,
+    fetcher: Option<&Fetcher>,
     stop: &Cancel,
 ) -> Result<(), CaptureError> {
     desk.begin(ticket.dump)?;
@@ -69,6 +75,7 @@ pub(crate) fn capture(
         connection,
         ticket,
         desk,
+        fetcher,
         images: Vec::new(),
         buffer: vec![0; CHUNK],
         count: 0,
@@ -82,7 +89,12 @@ pub(crate) fn capture(
         let asked = desk.is_asked_to_finish(ticket.dump)?;
         dump.accept()?;
         dump.read()?;
-        if !dump.taken && dump.images.is_empty() && (asked || !dump.connected) {
+        // A dump that leaves pages behind stays connected until they are fetched.
+        let complete = asked || !dump.connected || desk.is_serving(ticket.dump);
+        if !dump.connected {
+            desk.leave(ticket.dump);
+        }
+        if !dump.taken && dump.images.is_empty() && complete {
             if !dump.inventory {
                 let what = "CRIU ended the dump before it was complete; its log says why";
                 return Err(CaptureError::Wrong(what.to_owned()));
@@ -98,6 +110,8 @@ struct Capture<'a> {
     connection: Connection,
     ticket: &'a Ticket,
     desk: &'a Desk,
+    /// For what the dump leaves behind.
+    fetcher: Option<&'a Fetcher>,
     images: Vec<Taking>,
     buffer: Vec<u8>,
     count: u64,
@@ -121,6 +135,8 @@ enum Form {
     Plain(Box<blake3::Hasher>),
     /// With what has come: it tells whether this is a dump.
     Inventory(Box<blake3::Hasher>, Vec<u8>),
+    /// The pagemap of this task, kept to be read.
+    Pagemap(Box<blake3::Hasher>, u32, Vec<u8>),
     /// With the bytes of a page that has not come whole.
     Pages(Box<PagesHasher>, Vec<u8>),
 }
@@ -197,6 +213,8 @@ impl Capture<'_> {
             Form::Pages(Box::default(), Vec::new())
         } else if name.as_str() == INVENTORY {
             Form::Inventory(Box::default(), Vec::new())
+        } else if let Some(task) = task_of(&name) {
+            Form::Pagemap(Box::default(), task, Vec::new())
         } else {
             Form::Plain(Box::default())
         };
@@ -246,11 +264,45 @@ impl Capture<'_> {
             let image = self.images.swap_remove(index);
             self.bytes += image.length;
             self.inventory |= image.name.as_str() == INVENTORY && image.length > 0;
+            if let Form::Pagemap(_, task, pagemap) = &image.form {
+                let left = LeftBehind::of(image.name.as_str(), pagemap.clone())
+                    .map_err(|error| CaptureError::Wrong(error.to_string()))?;
+                self.left_behind(*task, &left)?;
+            }
             let end = image.end()?;
             self.desk.push(dump, number, end)?;
         }
         Ok(())
     }
+}
+
+impl Capture<'_> {
+    /// Pages of a task are not in the images.
+    fn left_behind(&self, task: u32, left: &LeftBehind) -> Result<(), CaptureError> {
+        if left.ranges.is_empty() {
+            return Ok(());
+        }
+        let Some(fetcher) = self.fetcher else {
+            let what = "the dump leaves memory behind (criu dump --lazy-pages), but the image-proxy \
+                        runs without --lazy-pages";
+            return Err(CaptureError::Wrong(what.to_owned()));
+        };
+        let dump = self.ticket.dump;
+        if self.desk.left_behind(dump, task, left)? {
+            let fetcher = fetcher.clone();
+            thread::Builder::new()
+                .name("fetch".to_owned())
+                .spawn(move || fetcher.run(dump))
+                .map_err(CaptureError::Wait)?;
+        }
+        Ok(())
+    }
+}
+
+/// The task whose pagemap this is.
+fn task_of(name: &ImageName) -> Option<u32> {
+    let task = name.as_str().strip_prefix("pagemap-")?;
+    task.strip_suffix(".img")?.parse().ok()
 }
 
 impl Taking {
@@ -266,6 +318,13 @@ impl Taking {
                 hasher.update(bytes);
                 let room = inventory::LONGEST.saturating_sub(seen.len());
                 seen.extend_from_slice(&bytes[..bytes.len().min(room)]);
+                Some(Item::Plain(bytes.to_vec()))
+            }
+            Form::Pagemap(hasher, _, pagemap) => {
+                hasher.update(bytes);
+                if pagemap.len() + bytes.len() <= LONGEST_PAGEMAP {
+                    pagemap.extend_from_slice(bytes);
+                }
                 Some(Item::Plain(bytes.to_vec()))
             }
             Form::Pages(hasher, rest) => {
@@ -291,7 +350,7 @@ impl Taking {
             Form::Inventory(_, seen) if inventory::is_of_pre_dump(&seen) => {
                 return Err(CaptureError::PreDump);
             }
-            Form::Plain(hasher) | Form::Inventory(hasher, _) => *hasher.finalize().as_bytes(),
+            Form::Plain(hasher) | Form::Inventory(hasher, _) | Form::Pagemap(hasher, ..) => *hasher.finalize().as_bytes(),
             Form::Pages(hasher, rest) if rest.is_empty() => hasher.finalize(),
             Form::Pages(..) => {
                 let what = format!("{} is not made of whole pages", self.name);

@@ -6,15 +6,22 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use haulier_criu::skeleton;
 use haulier_images::name::ImageName;
+use haulier_memory::page::PageRange;
 use haulier_sys::wait::Cancel;
 use rustix::event::{EventfdFlags, eventfd};
 use thiserror::Error;
 
 use crate::control::Delivered;
+use crate::left::{Errand, LeftBehind, Phase};
 use crate::link::{self, SessionId};
-use crate::message::{Held, Refused};
+use crate::message::session::Body;
+use crate::message::{
+    self, Fault, GaveUp, Go, Held, Left, Over, Placed, Refused, Restored, Wanted,
+};
 use crate::outbox::{Frame, Item, Outbox};
+use crate::pages::LazyPages;
 
 /// How often those who wait look whether they still should.
 const LOOK: Duration = Duration::from_millis(100);
@@ -64,6 +71,21 @@ struct Dump {
     finish: Option<Finish>,
     delivered: Delivered,
     wake: Arc<OwnedFd>,
+    /// What is not in its images.
+    left: Option<LeftBehind>,
+    /// Whether the dump has ended, as far as that can be seen.
+    gone: bool,
+}
+
+impl Dump {
+    /// Whether nothing will change for it any more.
+    fn is_settled(&self) -> bool {
+        match &self.stage {
+            Stage::Failed(_) => true,
+            Stage::Released => self.left.as_ref().is_none_or(LeftBehind::is_over),
+            _ => false,
+        }
+    }
 }
 
 /// The desk. Shared by reference between threads.
@@ -146,6 +168,8 @@ impl Desk {
             finish: None,
             delivered: Delivered::default(),
             wake: Arc::clone(&wake),
+            left: None,
+            gone: false,
         };
         state.dumps.insert(dump, entry);
         state.forget_old();
@@ -234,6 +258,177 @@ impl Desk {
         self.changed.notify_all();
         Ok(())
     }
+
+    /// Pages of a task stay with the dump: these ranges. Whether they are its first.
+    pub(crate) fn left_behind(
+        &self,
+        dump: u64,
+        task: u32,
+        pages: &skeleton::LeftBehind,
+    ) -> Result<bool, DumpFailed> {
+        let mut state = self.state();
+        state.check(dump, &self.stop)?;
+        let Some(entry) = state.dumps.get_mut(&dump) else {
+            return Err(gone());
+        };
+        let first = entry.left.is_none();
+        let left = entry
+            .left
+            .get_or_insert_with(|| LeftBehind::new(pages.wide));
+        for range in &pages.ranges {
+            let range = PageRange {
+                start: range.start,
+                pages: range.pages,
+            };
+            if !left.add(task, range) {
+                return Err(DumpFailed(format!("no pages of task {task}: {range}")));
+            }
+        }
+        if first {
+            state.outbox.say(Body::Left(Left { snapshot: dump }));
+        }
+        drop(state);
+        self.changed.notify_all();
+        Ok(first)
+    }
+
+    /// Whether the dump can give out the pages that it left behind, and so is beyond its scripts.
+    pub(crate) fn is_serving(&self, dump: u64) -> bool {
+        self.with_left(dump, |left| left.serving).unwrap_or(false)
+    }
+
+    // What the fetching of such pages does.
+
+    /// Its page server has answered.
+    pub(crate) fn serves(&self, dump: u64) {
+        let mut state = self.state();
+        if let Some(entry) = state.dumps.get_mut(&dump) {
+            entry.left.iter_mut().for_each(|left| left.serving = true);
+            wake(&entry.wake);
+        }
+    }
+
+    /// Whether it was given up.
+    pub(crate) fn is_failed(&self, dump: u64) -> bool {
+        let failed = |dump: &Dump| matches!(dump.stage, Stage::Failed(_));
+        self.state().dumps.get(&dump).is_none_or(failed)
+    }
+
+    /// CRIU has closed its connection.
+    pub(crate) fn leave(&self, dump: u64) {
+        if let Some(entry) = self.state().dumps.get_mut(&dump) {
+            entry.gone = true;
+        }
+    }
+
+    /// Whether CRIU has.
+    pub(crate) fn is_gone(&self, dump: u64) -> bool {
+        self.state().dumps.get(&dump).is_none_or(|dump| dump.gone)
+    }
+
+    /// Whether its CRIU counts pages in 64 bits.
+    pub(crate) fn is_wide(&self, dump: u64) -> bool {
+        self.with_left(dump, |left| left.wide).unwrap_or(true)
+    }
+
+    /// A page that it has.
+    pub(crate) fn first_left(&self, dump: u64) -> Option<(u32, u64)> {
+        self.with_left(dump, |left| left.first()).flatten()
+    }
+
+    /// Whether a restore may have begun.
+    pub(crate) fn may_run_elsewhere(&self, dump: u64) -> bool {
+        let begun = |left: &mut LeftBehind| *left.phase() != Phase::Waiting;
+        self.with_left(dump, begun).unwrap_or(false)
+    }
+
+    /// What is to be done next; waits a moment for it.
+    pub(crate) fn errand(&self, dump: u64) -> Option<Errand> {
+        let mut state = self.state();
+        for last in [false, true] {
+            let released = match &state.dumps.get(&dump)?.stage {
+                Stage::Failed(why) => return Some(Errand::Refuse(why.0.clone())),
+                stage => *stage == Stage::Released,
+            };
+            let room = state.up.is_some() && state.outbox.has_room_for_pages();
+            let left = state.dumps.get_mut(&dump)?.left.as_mut()?;
+            let errand = if released { left.next(room) } else { None };
+            if errand.is_some() || last || self.stop.is_cancelled() {
+                if let Some(Errand::Get(task, range, _)) = &errand {
+                    tracing::trace!("fetching {range} of {task}");
+                }
+                return errand;
+            }
+            state = self.look_again(state);
+        }
+        None
+    }
+
+    /// The restore may begin.
+    pub(crate) fn go(&self, dump: u64) {
+        let mut state = self.state();
+        let begun = state.left(dump).is_some_and(LeftBehind::begin);
+        if begun {
+            state.outbox.say(Body::Go(Go { snapshot: dump }));
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Pages were fetched.
+    pub(crate) fn send_pages(&self, pages: &LazyPages, contents: Vec<u8>, urgent: bool) {
+        let mut state = self.state();
+        if let Some(left) = state.left(pages.snapshot) {
+            left.fetched(pages.task, pages.range);
+            state.outbox.pages(pages, contents, urgent);
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// The dump was told how to end.
+    pub(crate) fn ended(&self, dump: u64) {
+        if let Some(left) = self.state().left(dump) {
+            tracing::debug!("{} pages were not fetched", left.pages());
+        }
+    }
+
+    fn with_left<T>(&self, dump: u64, ask: impl FnOnce(&mut LeftBehind) -> T) -> Option<T> {
+        self.state().left(dump).map(ask)
+    }
+
+    /// What the cache says of pages that were left behind.
+    pub(crate) fn hear(&self, word: Body) -> Result<(), Body> {
+        let mut state = self.state();
+        let snapshot = match &word {
+            Body::Wanted(Wanted { snapshot })
+            | Body::Restored(Restored { snapshot })
+            | Body::Placed(Placed { snapshot })
+            | Body::Fault(Fault { snapshot, .. })
+            | Body::GaveUp(GaveUp { snapshot, .. }) => *snapshot,
+            _ => return Err(word),
+        };
+        // It may be over by now.
+        let Some(left) = state.left(snapshot) else {
+            return Ok(());
+        };
+        match word {
+            Body::Wanted(_) => left.want(),
+            Body::Restored(_) => left.restored(),
+            Body::Placed(_) => left.placed(),
+            Body::Fault(fault) => left.fault(fault.task, &fault.pages),
+            Body::GaveUp(gave_up) => {
+                let why = format!("the restore failed: {}", gave_up.reason);
+                left.gave_up(&why, gave_up.ran);
+            }
+            _ => {}
+        }
+        drop(state);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    // What all do.
 
     /// A dump cannot go on. The first reason counts.
     pub(crate) fn fail(&self, dump: u64, why: &str) {
@@ -370,9 +565,13 @@ impl Desk {
     pub(crate) fn look(&self) {
         let state = self.state();
         let undecided = |dump: &Dump| matches!(dump.stage, Stage::Capturing | Stage::Taken);
+        let is_leaving = |dump: &Dump| dump.stage == Stage::Released && !dump.is_settled();
         let over = state.up.is_none()
             && state.down_since.elapsed() >= self.patience
-            && state.dumps.values().any(undecided);
+            && state
+                .dumps
+                .values()
+                .any(|dump| undecided(dump) || is_leaving(dump));
         drop(state);
         if over {
             self.lost(&format!(
@@ -473,6 +672,10 @@ impl DeskState {
         }
     }
 
+    fn left(&mut self, dump: u64) -> Option<&mut LeftBehind> {
+        self.dumps.get_mut(&dump)?.left.as_mut()
+    }
+
     fn stage(&mut self, dump: u64, stage: Stage) {
         if let Some(dump) = self.dumps.get_mut(&dump) {
             dump.stage = stage;
@@ -494,7 +697,20 @@ impl DeskState {
         let Some(entry) = self.dumps.get_mut(&dump) else {
             return;
         };
-        if matches!(entry.stage, Stage::Released | Stage::Failed(_)) {
+        if entry.is_settled() {
+            return;
+        }
+        if let (Stage::Released, Some(left)) = (&entry.stage, &mut entry.left) {
+            tracing::warn!("the memory of {} cannot follow: {why}", entry.target);
+            left.fail(why);
+            let over = Over {
+                snapshot: dump,
+                reason: message::reason(why),
+            };
+            self.outbox.say(Body::Over(over));
+            return;
+        }
+        if entry.stage == Stage::Released {
             return;
         }
         tracing::warn!("a dump of {} failed: {why}", entry.target);
@@ -506,8 +722,7 @@ impl DeskState {
     /// Old dumps of which nobody can ask any more.
     fn forget_old(&mut self) {
         while self.dumps.len() > REMEMBERED {
-            let settled = |dump: &Dump| matches!(dump.stage, Stage::Released | Stage::Failed(_));
-            let oldest = self.dumps.iter().find(|(_, dump)| settled(dump));
+            let oldest = self.dumps.iter().find(|(_, dump)| dump.is_settled());
             let Some(number) = oldest.map(|(number, _)| *number) else {
                 return;
             };

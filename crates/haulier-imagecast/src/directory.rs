@@ -42,6 +42,9 @@ pub(crate) enum DirectoryError {
     /// There is no such snapshot, or it is not complete.
     #[error("there is no complete snapshot of {0} to save")]
     NoSnapshot(ImageName),
+    /// It is not all here.
+    #[error("snapshot {0} cannot be saved: its dump left its memory at the source (--lazy-pages)")]
+    LeftBehind(u64),
     /// The store refused.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -91,6 +94,9 @@ impl<'a> Snapshot<'a> {
         let reading = store
             .pick(target, Some(number), || false)
             .ok_or_else(none)?;
+        if store.left(reading.key()).is_some() {
+            return Err(DirectoryError::LeftBehind(number));
+        }
         let inventory = ImageName::new(INVENTORY).map_err(|_| none())?;
         match reading.request(&inventory, || false) {
             Answer::Image(_) => Ok(Snapshot { store, reading }),

@@ -18,6 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::archive;
 use crate::control::{self, CONTROL_SOCKET, Delivered, Listed, Listing, Reply, Request};
 use crate::directory;
+use crate::lazy::Daemon;
 use crate::local::{LocalError, LocalListener};
 use crate::serve;
 use crate::store::{Info, Key, State, Store};
@@ -32,6 +33,8 @@ const LOOK_NANOSECONDS: i64 = 100_000_000;
 #[derive(Debug)]
 pub(crate) struct Front {
     store: Arc<Store>,
+    /// For restores of what is not all here.
+    daemon: Daemon,
     target: ImageName,
     directory: PathBuf,
     newest: LocalListener,
@@ -52,12 +55,13 @@ struct Numbered {
 impl Front {
     /// Listens in a directory, which is there.
     pub(crate) fn new(
-        store: Arc<Store>,
+        daemon: Daemon,
         target: ImageName,
         directory: &Path,
     ) -> Result<Front, LocalError> {
         let mut front = Front {
-            store,
+            store: Arc::clone(&daemon.store),
+            daemon,
             target,
             directory: directory.to_owned(),
             newest: LocalListener::bind(directory, SERVE_SOCKET)?,
@@ -128,10 +132,10 @@ impl Front {
     }
 
     fn restore(&self, socket: OwnedFd, number: Option<u64>, stop: &Cancel) {
-        let (store, target, stop) = (Arc::clone(&self.store), self.target.clone(), stop.clone());
+        let (daemon, target, stop) = (self.daemon.clone(), self.target.clone(), stop.clone());
         self.start("restore", move || {
             let connection = Connection::new(socket);
-            if let Err(error) = serve::restore(connection, &store, &target, number, &stop) {
+            if let Err(error) = serve::restore(connection, &daemon, &target, number, &stop) {
                 tracing::warn!("a restore of {target} was ended: {error}");
             }
         });
@@ -227,7 +231,12 @@ fn answer(store: &Store, target: &ImageName, request: Request, stop: &Cancel) ->
         Request::Release { snapshot } => {
             of(store.settle(&key(snapshot), State::Released), snapshot)
         }
-        Request::Drop { snapshot } => of(store.forget(&key(snapshot)), snapshot),
+        Request::Drop { snapshot } => {
+            if let Some(lazy) = store.left(&key(snapshot)) {
+                lazy.drop_unrestored();
+            }
+            of(store.forget(&key(snapshot)), snapshot)
+        }
         Request::Wait { .. } => Reply::No("this is an image-cache, not an image-proxy".to_owned()),
     }
 }

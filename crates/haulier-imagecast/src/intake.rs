@@ -12,8 +12,11 @@ use thiserror::Error;
 
 use crate::compress::{self, COMPRESSED};
 use crate::history::{BANK_COST, Bank};
+use crate::lazy::Lazy;
 use crate::message::session::Body;
-use crate::message::{self, Abort, Begin, Held, Refused, Release};
+use crate::message::{self, Abort, Begin, Held, Left, Refused, Release};
+use crate::pages::LazyPages;
+use crate::sessions::Outgoing;
 use crate::store::{End, Image, Key, Piece, State, Store, StoreError};
 
 /// Most snapshots of a session that are not settled.
@@ -47,6 +50,11 @@ pub(crate) struct Intake {
     banks: HashMap<ImageName, Bank>,
     answers: Vec<Body>,
     over: bool,
+    outgoing: Arc<Outgoing>,
+    /// Whether pages may be left behind.
+    lazy: bool,
+    /// Snapshots with such pages, for as long as those may come.
+    lazies: HashMap<u64, Arc<Lazy>>,
 }
 
 /// A snapshot that is not settled.
@@ -109,7 +117,7 @@ fn violation(what: impl Into<String>) -> Trouble {
 }
 
 impl Intake {
-    pub(crate) fn new(store: Arc<Store>) -> Intake {
+    pub(crate) fn new(store: Arc<Store>, outgoing: Arc<Outgoing>, lazy: bool) -> Intake {
         Intake {
             store,
             received: 0,
@@ -118,6 +126,9 @@ impl Intake {
             banks: HashMap::new(),
             answers: Vec::new(),
             over: false,
+            outgoing,
+            lazy,
+            lazies: HashMap::new(),
         }
     }
 
@@ -138,10 +149,10 @@ impl Intake {
 
     /// What the proxy was told of snapshots that are not settled: it may not have heard.
     pub(crate) fn said(&self) -> Vec<Body> {
-        self.snapshots
-            .values()
-            .filter_map(|snapshot| snapshot.said.clone())
-            .collect()
+        let settled = self.snapshots.values();
+        let settled = settled.filter_map(|snapshot| snapshot.said.clone());
+        let lazy = self.lazies.values().flat_map(|lazy| lazy.said());
+        settled.chain(lazy).collect()
     }
 
     /// Takes a frame in.
@@ -149,6 +160,7 @@ impl Intake {
         self.received += 1;
         let taken = match kind {
             Kind::ImageData => self.data(body),
+            Kind::LazyPages => self.pages(body),
             Kind::ImageHeader => part(kind, body).and_then(|header| self.header(&header)),
             Kind::ImageEnd => part(kind, body).and_then(|end| self.end(&end)),
             Kind::ImagesDone => part(kind, body).and_then(|done| self.done(&done)),
@@ -166,9 +178,15 @@ impl Intake {
     /// dump succeeded is not known here.
     pub(crate) fn lost(&mut self, why: &str) {
         self.images.clear();
-        for (_, snapshot) in self.snapshots.drain() {
-            if self.store.state(&snapshot.key) == Some(State::Arriving) {
+        for (number, snapshot) in self.snapshots.drain() {
+            let arriving = self.store.state(&snapshot.key) == Some(State::Arriving);
+            if arriving || self.lazies.contains_key(&number) {
                 fail(&self.store, &snapshot.key, why);
+            }
+        }
+        for (_, lazy) in self.lazies.drain() {
+            if lazy.lost(why) {
+                fail(&self.store, lazy.key(), why);
             }
         }
         self.drop_banks();
@@ -181,6 +199,21 @@ impl Intake {
             Body::Abort(abort) => self.abort(&abort),
             Body::Bye(_) => {
                 self.over = true;
+                Ok(())
+            }
+            Body::Left(left) => self.left(&left),
+            Body::Go(go) => {
+                if let Some(lazy) = self.lazies.get(&go.snapshot) {
+                    lazy.go();
+                }
+                Ok(())
+            }
+            Body::Over(over) => {
+                if let Some(lazy) = self.lazies.remove(&over.snapshot) {
+                    if lazy.lost(&over.reason) {
+                        fail(&self.store, lazy.key(), &over.reason);
+                    }
+                }
                 Ok(())
             }
             other => Err(violation(format!("out of order: {other:?}"))),
@@ -380,8 +413,46 @@ impl Intake {
         Ok(())
     }
 
+    /// Pages of a snapshot stay with its dump.
+    fn left(&mut self, left: &Left) -> Result<(), Trouble> {
+        self.lazies.retain(|_, lazy| !lazy.is_over());
+        let allowed = self.lazy;
+        let snapshot = self.unfinished(left.snapshot)?;
+        if snapshot.said.is_some() {
+            return Ok(());
+        }
+        if !allowed {
+            let why = "the dump leaves memory behind (criu dump --lazy-pages), but this image-cache \
+                       runs without --lazy-pages";
+            self.refuse(left.snapshot, why);
+            return Ok(());
+        }
+        let key = snapshot.key.clone();
+        let lazy = Lazy::new(left.snapshot, key.clone(), Arc::clone(&self.outgoing));
+        let lazy = Arc::new(lazy);
+        self.store.leave(&key, Arc::clone(&lazy))?;
+        self.lazies.insert(left.snapshot, lazy);
+        Ok(())
+    }
+
+    /// Whose pages these are.
+    pub(crate) fn lazy_of(&self, body: &[u8]) -> Option<Arc<Lazy>> {
+        let (pages, _) = LazyPages::decode(body).ok()?;
+        self.lazies.get(&pages.snapshot).cloned()
+    }
+
+    fn pages(&mut self, body: &[u8]) -> Result<(), Trouble> {
+        let (pages, contents) = LazyPages::decode(body).map_err(violation)?;
+        // Those of a restore that is over may still come.
+        match self.lazies.get(&pages.snapshot) {
+            Some(lazy) => lazy.take(&pages, contents).map_err(violation),
+            None => Ok(()),
+        }
+    }
+
     fn abort(&mut self, abort: &Abort) -> Result<(), Trouble> {
         self.snapshot(abort.snapshot)?;
+        self.lazies.remove(&abort.snapshot);
         self.images
             .retain(|_, open| open.snapshot != abort.snapshot);
         if let Some(snapshot) = self.snapshots.remove(&abort.snapshot) {
@@ -405,6 +476,7 @@ impl Intake {
             snapshot: number,
             reason: message::reason(why),
         });
+        self.lazies.remove(&number);
         snapshot.said = Some(refused.clone());
         self.answers.push(refused);
         let key = snapshot.key.clone();

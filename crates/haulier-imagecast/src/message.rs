@@ -13,7 +13,10 @@ use session::Body;
 #[derive(Clone, PartialEq, Message)]
 pub struct Session {
     /// Which one; `None` for one that this version does not know.
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
+    #[prost(
+        oneof = "Body",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20"
+    )]
     pub body: Option<Body>,
 }
 
@@ -58,6 +61,30 @@ pub mod session {
         /// The proxy ends the session.
         #[prost(message, tag = "12")]
         Bye(super::Bye),
+        /// Pages of a snapshot stay with its dump.
+        #[prost(message, tag = "13")]
+        Left(super::Left),
+        /// A restore of such a snapshot may begin.
+        #[prost(message, tag = "14")]
+        Go(super::Go),
+        /// A restore of such a snapshot wants to begin.
+        #[prost(message, tag = "15")]
+        Wanted(super::Wanted),
+        /// CRIU has restored it: the rest of its pages may come.
+        #[prost(message, tag = "16")]
+        Restored(super::Restored),
+        /// Tasks wait for pages.
+        #[prost(message, tag = "17")]
+        Fault(super::Fault),
+        /// Every page is in its place.
+        #[prost(message, tag = "18")]
+        Placed(super::Placed),
+        /// The restore failed.
+        #[prost(message, tag = "19")]
+        GaveUp(super::GaveUp),
+        /// No further page can be had.
+        #[prost(message, tag = "20")]
+        Over(super::Over),
     }
 }
 
@@ -185,6 +212,85 @@ pub struct Abort {
 /// Nothing follows, and the session need not be kept.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct Bye {}
+
+/// Pages of a snapshot are not in its images. They stay with its dump, which waits.
+#[derive(Clone, PartialEq, Message)]
+pub struct Left {
+    /// The snapshot.
+    #[prost(uint64, tag = "1")]
+    pub snapshot: u64,
+}
+
+/// The answer to [`Wanted`]: from here on the proxy counts on it that the tasks may run.
+#[derive(Clone, PartialEq, Message)]
+pub struct Go {
+    /// The snapshot.
+    #[prost(uint64, tag = "1")]
+    pub snapshot: u64,
+}
+
+/// A restore waits for the inventory of a snapshot with pages left behind.
+#[derive(Clone, PartialEq, Message)]
+pub struct Wanted {
+    /// The snapshot, as the proxy numbers them.
+    #[prost(uint64, tag = "1")]
+    pub snapshot: u64,
+}
+
+/// CRIU is done, the tasks run or will in a moment.
+#[derive(Clone, PartialEq, Message)]
+pub struct Restored {
+    /// The snapshot, as the proxy numbers them.
+    #[prost(uint64, tag = "1")]
+    pub snapshot: u64,
+}
+
+/// Pages that go before all others.
+#[derive(Clone, PartialEq, Message)]
+pub struct Fault {
+    /// The snapshot, as the proxy numbers them.
+    #[prost(uint64, tag = "1")]
+    pub snapshot: u64,
+    /// Whose they are, by the pid in the images.
+    #[prost(uint32, tag = "2")]
+    pub task: u32,
+    /// Their addresses at the time of the dump.
+    #[prost(uint64, repeated, tag = "3")]
+    pub pages: Vec<u64>,
+}
+
+/// The dump may end: nothing of it is needed any more.
+#[derive(Clone, PartialEq, Message)]
+pub struct Placed {
+    /// The snapshot, as the proxy numbers them.
+    #[prost(uint64, tag = "1")]
+    pub snapshot: u64,
+}
+
+/// What was restored is no more.
+#[derive(Clone, PartialEq, Message)]
+pub struct GaveUp {
+    /// The snapshot, as the proxy numbers them.
+    #[prost(uint64, tag = "1")]
+    pub snapshot: u64,
+    /// Why, for people.
+    #[prost(string, tag = "2")]
+    pub reason: String,
+    /// Whether it may have run. If not, the tasks may run on at their source.
+    #[prost(bool, tag = "3")]
+    pub ran: bool,
+}
+
+/// The pages that were left behind are lost, or are no longer given.
+#[derive(Clone, PartialEq, Message)]
+pub struct Over {
+    /// The snapshot.
+    #[prost(uint64, tag = "1")]
+    pub snapshot: u64,
+    /// Why, for people.
+    #[prost(string, tag = "2")]
+    pub reason: String,
+}
 
 impl From<Body> for Session {
     fn from(body: Body) -> Session {

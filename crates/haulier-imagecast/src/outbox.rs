@@ -18,6 +18,10 @@ use crate::compress::{self, COMPRESSED, Compression};
 use crate::history::Known;
 use crate::message::session::Body;
 use crate::message::{self, Abort, Begin, Release, Session};
+use crate::pages::LazyPages;
+
+/// Frames of pages that nobody waits for that are made in advance.
+const PUSHED: usize = 4;
 
 /// A frame of the session.
 #[derive(Debug)]
@@ -138,6 +142,12 @@ pub(crate) struct Outbox {
     ring: VecDeque<u32>,
     /// Messages, which go before images.
     messages: VecDeque<(Frame, Option<u64>)>,
+    /// Pages that tasks wait for, which go before everything.
+    urgent: VecDeque<Frame>,
+    /// Pages that were left behind and that nobody waits for, in turn with images.
+    pushed: VecDeque<Frame>,
+    /// It was the turn of an image.
+    image_was_next: bool,
     queued: usize,
     /// Frames that were sent, or are to be sent again, and that the cache may not have.
     unacknowledged: VecDeque<Arc<Frame>>,
@@ -179,6 +189,9 @@ impl Outbox {
             images: HashMap::new(),
             ring: VecDeque::new(),
             messages: VecDeque::new(),
+            urgent: VecDeque::new(),
+            pushed: VecDeque::new(),
+            image_was_next: false,
             queued: 0,
             unacknowledged: VecDeque::new(),
             unacknowledged_bytes: 0,
@@ -284,6 +297,32 @@ impl Outbox {
         self.message(Body::Abort(abort), None);
     }
 
+    /// Says something beside the images.
+    pub(crate) fn say(&mut self, body: Body) {
+        self.message(body, None);
+    }
+
+    /// Whether there is room for pages that nobody waits for: few are made in advance, since others
+    /// may be asked for.
+    pub(crate) fn has_room_for_pages(&self) -> bool {
+        self.pushed.len() < PUSHED
+    }
+
+    /// Pages that were left behind.
+    pub(crate) fn pages(&mut self, pages: &LazyPages, contents: Vec<u8>, urgent: bool) {
+        let frame = Frame {
+            kind: Kind::LazyPages,
+            head: pages.head().to_vec(),
+            parts: std::iter::once(0..contents.len()).collect(),
+            data: contents,
+        };
+        if urgent {
+            self.urgent.push_back(frame);
+        } else {
+            self.pushed.push_back(frame);
+        }
+    }
+
     /// Bytes of frames that were made of a snapshot so far.
     pub(crate) fn bytes_of(&self, snapshot: u64) -> u64 {
         self.snapshots.get(&snapshot).map_or(0, |o| o.bytes)
@@ -356,6 +395,9 @@ impl Outbox {
     }
 
     fn make(&mut self) -> Option<Frame> {
+        if let Some(frame) = self.urgent.pop_front() {
+            return Some(frame);
+        }
         if let Some((frame, release_of)) = self.messages.pop_front() {
             if let Some(snapshot) = release_of {
                 let number = self.acknowledged + self.unacknowledged.len() as u64;
@@ -363,7 +405,14 @@ impl Outbox {
             }
             return Some(frame);
         }
+        if self.image_was_next || self.ring.is_empty() {
+            self.image_was_next = false;
+            if let Some(frame) = self.pushed.pop_front() {
+                return Some(frame);
+            }
+        }
         let number = self.ring.pop_front()?;
+        self.image_was_next = true;
         let queue = self.images.get_mut(&number)?;
         let snapshot = queue.snapshot;
         let mut ended = false;

@@ -5,12 +5,15 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
+use std::sync::PoisonError;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use haulier_images::name::ImageName;
+use haulier_sys::tcp;
 use haulier_sys::wait::{Cancel, Wait};
 use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
@@ -23,6 +26,8 @@ use crate::compress::Compression;
 use crate::control::{self, CONTROL_SOCKET, ControlError, Delivered, Reply, Request};
 use crate::desk::{Desk, DumpFailed};
 use crate::directory::explain;
+use crate::fetch::{Fetcher, Servers};
+use crate::keeper;
 use crate::link::{self, Connector, FRAME, Key, LinkError, Way};
 use crate::local::{self, LocalError, LocalListener};
 use crate::message::Bye;
@@ -37,6 +42,8 @@ const LOOK: Duration = Duration::from_millis(200);
 const MOST_CONNECTIONS: usize = 1024;
 /// A cache says nothing for as long as nothing is sent.
 const IDLE: Duration = Duration::from_secs(24 * 3600);
+/// Bytes that may wait in the socket where pages are left behind.
+const UNSENT: u32 = 64 << 10;
 /// How long the last message may take.
 const GOODBYE: Duration = Duration::from_secs(2);
 
@@ -53,10 +60,34 @@ pub struct Options {
     pub compression: Compression,
     /// How long the cache may be out of reach before dumps fail.
     pub reconnect: Duration,
+    /// Whether dumps may leave pages behind, to be fetched from the page server that CRIU becomes.
+    pub lazy_pages: Option<LazyPages>,
     /// What both sides know.
     pub key: Key,
     /// What the cache is told.
     pub me: Identity,
+}
+
+/// How pages that dumps leave behind are fetched.
+#[derive(Debug)]
+pub struct LazyPages {
+    /// Where a target's page server listens (`host:port`). One without such an address is given a
+    /// connection to the socket [`PAGE_SOCKET`] in the target's directory.
+    pub servers: Vec<(ImageName, String)>,
+    /// The program that holds a dump's end when the proxy dies: it calls [`keep`]. Without it a proxy
+    /// that dies has the dump kill its tasks.
+    pub keeper: Option<fn() -> io::Result<Command>>,
+}
+
+/// The socket to connect a dump's `--ps-socket` to.
+pub const PAGE_SOCKET: &str = "page-server.sock";
+
+/// The work of the program that [`LazyPages::keeper`] starts.
+///
+/// # Errors
+/// What the sockets say.
+pub fn keep() -> io::Result<()> {
+    keeper::run()
 }
 
 /// A proxy could not start, or had to end.
@@ -93,13 +124,32 @@ pub fn run(
     ));
     let mut doors = Vec::new();
     for (target, directory) in &options.targets {
-        doors.push(Door {
+        let mut door = Door {
             desk: Arc::clone(&desk),
             target: target.clone(),
             dumps: LocalListener::bind(directory, CAPTURE_SOCKET)?,
             control: LocalListener::bind(directory, CONTROL_SOCKET)?,
+            pages: None,
+            fetcher: None,
             connections: Arc::default(),
-        });
+        };
+        if let Some(lazy) = &options.lazy_pages {
+            let servers = match lazy.servers.iter().find(|(of, _)| of == target) {
+                Some((_, address)) => Servers::At(address.clone()),
+                None => {
+                    door.pages = Some(LocalListener::bind(directory, PAGE_SOCKET)?);
+                    Servers::Given(Arc::default())
+                }
+            };
+            door.fetcher = Some(Fetcher {
+                desk: Arc::clone(&desk),
+                target: target.clone(),
+                servers,
+                keeper: lazy.keeper,
+                stop: stop.clone(),
+            });
+        }
+        doors.push(door);
     }
     let mut connector = Connector::new(options.way)?;
     ready(connector.listens_on().as_deref());
@@ -135,6 +185,7 @@ pub fn run(
             key: &options.key,
             compression: options.compression,
             sender: sender(&options.targets).unwrap_or_default(),
+            brief: options.lazy_pages.is_some(),
         };
         let result = links(&mut connector, &side, stop);
         if result.is_err() {
@@ -161,6 +212,8 @@ struct Side<'a> {
     key: &'a Key,
     compression: Compression,
     sender: Vec<u8>,
+    /// Keep what waits in the socket short: pages that tasks wait for come behind it.
+    brief: bool,
 }
 
 /// What a proxy for these directories is, whichever process it is: its sockets are there only once. So
@@ -225,6 +278,10 @@ fn link(mut channel: Channel, side: &Side<'_>, stop: &Cancel) -> Result<(), Link
         desk.lost("the image-cache speaks of another session");
         return Ok(());
     };
+    if side.brief {
+        // Another kind of socket does without.
+        let _ = tcp::keep_unsent_short(channel.socket(), UNSENT);
+    }
     tracing::info!("connected to the image-cache at {}", channel.peer());
     let reader = channel.try_clone().map_err(LinkError::Accept)?;
     let ended = thread::scope(|scope| {
@@ -275,7 +332,10 @@ fn answers(mut channel: Channel, desk: &Desk, stop: &Cancel) -> Result<(), LinkE
             }
             Body::Held(held) => desk.held(&held),
             Body::Refused(refused) => desk.refused(&refused),
-            other => return Err(link::unexpected(&channel, other)),
+            other => {
+                let heard = desk.hear(other);
+                heard.map_err(|other| link::unexpected(&channel, other))?;
+            }
         }
     }
 }
@@ -286,6 +346,9 @@ struct Door {
     target: ImageName,
     dumps: LocalListener,
     control: LocalListener,
+    /// For dumps that become page servers.
+    pages: Option<LocalListener>,
+    fetcher: Option<Fetcher>,
     connections: Arc<AtomicUsize>,
 }
 
@@ -296,11 +359,21 @@ impl Door {
             tv_nsec: 200_000_000,
         };
         while !stop.is_cancelled() {
-            let mut fds = [&self.dumps, &self.control]
-                .map(|listener| PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN));
+            let mut fds: Vec<_> = [&self.dumps, &self.control]
+                .into_iter()
+                .chain(&self.pages)
+                .map(|listener| PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN))
+                .collect();
             match poll(&mut fds, Some(&step)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(errno) => return Err(errno.into()),
+            }
+            if let (Some(pages), Some(fetcher)) = (&self.pages, &self.fetcher) {
+                if let (Some(socket), Servers::Given(newest)) = (pages.accept()?, &fetcher.servers)
+                {
+                    let mut newest = newest.lock().unwrap_or_else(PoisonError::into_inner);
+                    *newest = Some(socket);
+                }
             }
             // Dumps first: who asks about the newest dump means one that has connected before.
             while let Some(socket) = self.dumps.accept()? {
@@ -325,9 +398,12 @@ impl Door {
             }
         };
         let (desk, stop, number) = (Arc::clone(&self.desk), stop.clone(), ticket.dump);
+        let fetcher = self.fetcher.clone();
         let started = self.start("dump", move || {
             let connection = Connection::new(socket);
-            if let Err(error) = capture::capture(connection, &ticket, &desk, &stop) {
+            if let Err(error) =
+                capture::capture(connection, &ticket, &desk, fetcher.as_ref(), &stop)
+            {
                 desk.fail(ticket.dump, &error.to_string());
             }
         });

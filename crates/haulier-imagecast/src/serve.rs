@@ -12,7 +12,8 @@ use haulier_sys::wait::{Cancel, Wait, WaitError};
 use rustix::io::Errno;
 use thiserror::Error;
 
-use crate::store::{Answer, Image, Next, Piece, Store};
+use crate::lazy::Daemon;
+use crate::store::{Answer, INVENTORY, Image, Next, Piece};
 use crate::stream::{Connection, Incoming, StreamError};
 
 /// How long a restore may leave a pipe full, or not say which image it opens next.
@@ -37,6 +38,12 @@ pub(crate) enum ServeError {
     /// What it wants cannot be had.
     #[error("the snapshot failed: {0}")]
     Failed(String),
+    /// It does not know that memory is missing.
+    #[error("the dump left its memory at the source: criu restore needs --lazy-pages")]
+    NotLazy,
+    /// It is not known where it looks for the daemon.
+    #[error("CRIU is in another PID namespace, or gone: its work directory cannot be found")]
+    WorkDirectory,
     /// It took too long, or the cache ends.
     #[error("the wait for CRIU ended")]
     Waited,
@@ -58,11 +65,12 @@ impl From<WaitError> for ServeError {
 /// has closed its connection and taken every image that it opened.
 pub(crate) fn restore(
     mut connection: Connection,
-    store: &Store,
+    daemon: &Daemon,
     target: &ImageName,
     number: Option<u64>,
     stop: &Cancel,
 ) -> Result<(), ServeError> {
+    let store = &daemon.store;
     let picked = store.pick(target, number, || wanted(&connection, stop));
     let Some(reading) = picked else {
         return if connection.is_closed() || stop.is_cancelled() {
@@ -78,6 +86,7 @@ pub(crate) fn restore(
     // It owns the connection: that is closed before the images that are still being written are
     // waited for, so that CRIU ends where this fails.
     thread::scope(move |scope| {
+        let mut begun = None;
         loop {
             let name = match connection.requested()? {
                 Incoming::Some(name) => name,
@@ -96,6 +105,20 @@ pub(crate) fn restore(
                 Answer::Failed(why) => return Err(ServeError::Failed(why)),
                 Answer::Gone => return Ok(()),
             };
+            match (store.left(reading.key()), &begun) {
+                (Some(lazy), None) if name.as_str() == INVENTORY => {
+                    let directory = connection.work_directory();
+                    let directory = directory.ok_or(ServeError::WorkDirectory)?;
+                    let go_on = || wanted(&connection, stop);
+                    let started = daemon.begin(&lazy, &directory, go_on);
+                    begun = Some(started.map_err(ServeError::Failed)?);
+                }
+                (Some(_), Some(begun)) if is_memory(&name) && !begun.is_connected() => {
+                    return Err(ServeError::NotLazy);
+                }
+                (Some(_), None) if is_memory(&name) => return Err(ServeError::NotLazy),
+                _ => {}
+            }
             connection.answer(true)?;
             let pipe = take_pipe(&connection, stop)?;
             let write = move || {
@@ -112,6 +135,11 @@ pub(crate) fn restore(
                 .map_err(ServeError::Thread)?;
         }
     })
+}
+
+/// Whether a restore that asks for this image is about to make memory of it.
+fn is_memory(name: &ImageName) -> bool {
+    name.as_str().starts_with("pagemap-") || name.is_of_pages()
 }
 
 fn wanted(connection: &Connection, stop: &Cancel) -> bool {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use haulier_proto::frame::Kind;
-use haulier_sys::wait::{Cancel, WaitError};
+use haulier_sys::wait::{Cancel, Wait, WaitError};
 use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
 use haulier_transport::greeting::Identity;
@@ -54,17 +54,43 @@ pub(crate) struct Sessions {
     store: Arc<Store>,
     me: Identity,
     key: Key,
+    /// Whether pages may be left behind.
+    lazy: bool,
     /// How long a session outlives its connection.
     patience: Duration,
     slots: Mutex<HashMap<SessionId, Arc<Slot>>>,
     greeting: AtomicU64,
 }
 
+/// What the cache says to a proxy: over the connection that there is, by whoever has something to say.
+/// What is lost with a connection is said again over the next one ([`Intake::said`]).
+#[derive(Debug, Default)]
+pub(crate) struct Outgoing(Mutex<Option<Channel>>);
+
+impl Outgoing {
+    /// Says something, if there is a connection. Whether it breaks is for its reader to find out.
+    pub(crate) fn say(&self, body: Body) {
+        if let Some(channel) = &mut *self.channel() {
+            if link::send(channel, body, &Wait::uncancellable(SAYING)).is_err() {
+                channel.shutdown();
+            }
+        }
+    }
+
+    fn channel(&self) -> MutexGuard<'_, Option<Channel>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How long a word of the cache may take: it is short.
+const SAYING: Duration = Duration::from_secs(10);
+
 /// A session.
 #[derive(Debug)]
 struct Slot {
     /// Empty, or what no two living sessions have.
     sender: Vec<u8>,
+    outgoing: Arc<Outgoing>,
     /// Counts connections: only the newest may go on.
     turn: AtomicU64,
     state: Mutex<SlotState>,
@@ -92,11 +118,18 @@ impl Drop for Greeting<'_> {
 const MOST_GREETING: u64 = 32;
 
 impl Sessions {
-    pub(crate) fn new(store: Arc<Store>, me: Identity, key: Key, patience: Duration) -> Sessions {
+    pub(crate) fn new(
+        store: Arc<Store>,
+        me: Identity,
+        key: Key,
+        lazy: bool,
+        patience: Duration,
+    ) -> Sessions {
         Sessions {
             store,
             me,
             key,
+            lazy,
             patience,
             slots: Mutex::new(HashMap::new()),
             greeting: AtomicU64::new(0),
@@ -122,6 +155,9 @@ impl Sessions {
         let (id, slot, turn) = greeted?;
         let peer = channel.peer().to_owned();
         let ended = take_in(&slot, turn, &mut channel, stop);
+        if slot.turn.load(Ordering::SeqCst) == turn {
+            *slot.outgoing.channel() = None;
+        }
         let mut state = slot.state();
         if slot.turn.load(Ordering::SeqCst) != turn {
             return Err(SessionError::Replaced);
@@ -193,20 +229,16 @@ impl Sessions {
             .into());
         };
         let turn = slot.turn.fetch_add(1, Ordering::SeqCst) + 1;
-        let (received, said) = {
+        {
             let mut state = slot.state();
             let second = channel.try_clone().map_err(LinkError::Accept)?;
             if let Some(before) = state.connection.replace(second) {
                 before.shutdown();
             }
             state.lost = None;
-            (state.intake.received(), state.intake.said())
-        };
+        }
         tracing::info!("{} at {} sends images", opened.host, channel.peer());
-        let welcomed = link::welcome(channel, received, &wait).and_then(|()| {
-            said.into_iter()
-                .try_for_each(|body| link::send(channel, body, &wait))
-        });
+        let welcomed = welcome(&slot, channel, &wait);
         if let Err(error) = welcomed {
             let mut state = slot.state();
             if slot.turn.load(Ordering::SeqCst) == turn {
@@ -243,13 +275,15 @@ impl Sessions {
         if resume || slots.len() >= MOST {
             return None;
         }
+        let outgoing = Arc::<Outgoing>::default();
         let state = SlotState {
-            intake: Intake::new(Arc::clone(&self.store)),
+            intake: Intake::new(Arc::clone(&self.store), Arc::clone(&outgoing), self.lazy),
             connection: None,
             lost: None,
         };
         let slot = Arc::new(Slot {
             sender: sender.to_vec(),
+            outgoing,
             turn: AtomicU64::new(0),
             state: Mutex::new(state),
         });
@@ -279,6 +313,23 @@ impl Slot {
     }
 }
 
+/// The last word of the greeting, and what the proxy may not have heard. From then on others may speak.
+fn welcome(slot: &Slot, channel: &mut Channel, wait: &Wait) -> Result<(), LinkError> {
+    let second = channel.try_clone().map_err(LinkError::Accept)?;
+    let mut outgoing = slot.outgoing.channel();
+    *outgoing = None;
+    let (received, said) = {
+        let state = slot.state();
+        (state.intake.received(), state.intake.said())
+    };
+    link::welcome(channel, received, wait)?;
+    for body in said {
+        link::send(channel, body, wait)?;
+    }
+    *outgoing = Some(second);
+    Ok(())
+}
+
 /// Takes in what comes until the proxy ends the session or the connection breaks.
 fn take_in(
     slot: &Slot,
@@ -297,7 +348,7 @@ fn take_in(
             .is_err();
         if nothing && received > acknowledged {
             (bytes_since, acknowledged) = (0, received);
-            link::send(channel, Body::Ack(Ack { received }), &stop.wait(FRAME))?;
+            slot.outgoing.say(Body::Ack(Ack { received }));
         }
         stop.wait(IDLE)
             .readable(channel.socket())
@@ -316,6 +367,12 @@ fn take_in(
         let body = &mut buffer[..length];
         channel.receive_body(&header, &mut [&mut *body], &wait)?;
         let (answers, over);
+        if header.kind == Kind::LazyPages {
+            let lazy = slot.state().intake.lazy_of(body);
+            // Nobody else is kept from anything meanwhile.
+            lazy.map_or(Ok(()), |lazy| lazy.await_room(&wait))
+                .map_err(|error| waiting(channel, error))?;
+        }
         {
             let mut state = slot.state();
             if slot.turn.load(Ordering::SeqCst) != turn {
@@ -326,9 +383,8 @@ fn take_in(
             received = state.intake.received();
             over = state.intake.is_over();
         }
-        let wait = stop.wait(FRAME);
         for answer in answers {
-            link::send(channel, answer, &wait)?;
+            slot.outgoing.say(answer);
         }
         if over {
             return Ok(());
@@ -336,7 +392,7 @@ fn take_in(
         bytes_since += length;
         if bytes_since >= ACK_BYTES || received - acknowledged >= ACK_FRAMES {
             (bytes_since, acknowledged) = (0, received);
-            link::send(channel, Body::Ack(Ack { received }), &wait)?;
+            slot.outgoing.say(Body::Ack(Ack { received }));
         }
     }
 }
@@ -350,6 +406,7 @@ fn is_ours(kind: Kind) -> bool {
             | Kind::ImageEnd
             | Kind::ImagesDone
             | Kind::ImageSession
+            | Kind::LazyPages
     )
 }
 

@@ -8,6 +8,7 @@
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
 use haulier_images::name::{BadName, ImageName};
 use prost::Message;
@@ -194,6 +195,15 @@ impl Connection {
                 StreamError::Pipe,
             )),
         }
+    }
+
+    /// The directory that CRIU works in by now, as this process may open it; `None` if it cannot be told.
+    pub(crate) fn work_directory(&self) -> Option<PathBuf> {
+        let peer = rustix::net::sockopt::socket_peercred(&self.socket).ok()?;
+        let path = format!("/proc/{}/cwd", peer.pid.as_raw_nonzero());
+        // Of another PID namespace there is nothing to be seen.
+        std::fs::metadata(&path).ok()?;
+        Some(path.into())
     }
 
     /// Whether the peer has gone.

@@ -77,6 +77,7 @@ impl Running {
             spill: None,
             keep: 10,
             reconnect: LONG,
+            lazy_pages: None,
             key: Key::from_secret(b""),
             me: me(),
         };
@@ -96,6 +97,7 @@ impl Running {
             max_memory: 0,
             compression: Compression::None,
             reconnect: LONG,
+            lazy_pages: None,
             key: Key::from_secret(b""),
             me: me(),
         };

@@ -25,6 +25,7 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
@@ -276,6 +277,11 @@ impl LazyPagesHandle {
     /// Whether CRIU has said that every task is restored.
     pub fn restore_finished(&self) -> bool {
         self.shared.restore_finished()
+    }
+
+    /// Whether CRIU's restore has connected, which it does before it makes any task.
+    pub fn is_connected(&self) -> bool {
+        self.shared.connected.load(Ordering::SeqCst)
     }
 
     /// What the tasks still lack and the store does not have either, by task, in the addresses of

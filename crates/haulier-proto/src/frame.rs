@@ -40,11 +40,13 @@ pub enum Kind {
     Discard = 13,
     /// A message between an image-proxy and an image-cache (see `haulier-imagecast`).
     ImageSession = 14,
+    /// Pages that a dump left behind, and their contents (see `haulier-imagecast`).
+    LazyPages = 15,
 }
 
 impl Kind {
     /// Every kind, in wire order.
-    pub const ALL: [Kind; 14] = [
+    pub const ALL: [Kind; 15] = [
         Kind::Hello,
         Kind::Welcome,
         Kind::Control,
@@ -59,6 +61,7 @@ impl Kind {
         Kind::Packet,
         Kind::Discard,
         Kind::ImageSession,
+        Kind::LazyPages,
     ];
 
     /// The longest body a frame of this kind may have, in bytes. A receiver refuses a longer one
@@ -71,7 +74,7 @@ impl Kind {
             Kind::ImagesDone | Kind::RoundEnd => 64 << 10,
             // The list of files and mappings of a large tree travels in one message.
             Kind::Control => 16 << 20,
-            Kind::ImageData => (1 << 20) + 64,
+            Kind::ImageData | Kind::LazyPages => (1 << 20) + 64,
             // 1024 pages of 4 KiB and their run table.
             Kind::Pages | Kind::BankPages => (4 << 20) + (64 << 10),
             Kind::FaultRequest | Kind::Discard | Kind::ImageSession => 64 << 10,

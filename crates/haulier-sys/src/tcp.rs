@@ -65,6 +65,29 @@ pub fn path(socket: impl AsFd) -> io::Result<Path> {
     })
 }
 
+/// Has the socket say that it takes more only while fewer than so many bytes wait in it that were not
+/// sent: what is written later, and is more urgent, is not far behind.
+///
+/// # Errors
+/// What `setsockopt(2)` says, for instance of a socket that is no TCP connection.
+pub fn keep_unsent_short(socket: impl AsFd, bytes: u32) -> io::Result<()> {
+    // SAFETY: the descriptor is borrowed for the call, the value is live and as long as it is said to be.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_NOTSENT_LOWAT,
+            (&raw const bytes).cast(),
+            size_of::<u32>() as libc::socklen_t,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};

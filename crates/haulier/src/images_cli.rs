@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -16,6 +17,7 @@ use haulier_imagecast::control::Listing;
 use haulier_imagecast::link::{Key, Way};
 use haulier_imagecast::{cache, proxy};
 use haulier_images::name::ImageName;
+use haulier_memory::lazy::guard;
 use haulier_sys::inherited;
 use haulier_targets::host::{self, Host};
 use haulier_transport::greeting::Identity;
@@ -46,11 +48,21 @@ pub(crate) struct ImageProxy {
     /// How images are compressed on their way: none, lz4 or zstd
     #[arg(long, value_name = "HOW", default_value_t)]
     compress: Compression,
+    /// Take dumps that leave memory behind (criu dump --lazy-pages): it follows the restore
+    #[arg(long)]
+    lazy_pages: bool,
+    /// Where such a dump gives its memory out: what CRIU is told with --address and --port
+    /// [default: it is given a connection to DIR/page-server.sock with --ps-socket]; repeatable
+    #[arg(long, value_name = "[NAME=]HOST:PORT", requires = "lazy_pages", value_parser = page_server)]
+    page_server: Vec<(ImageName, String)>,
 }
 
 #[derive(Debug, Subcommand)]
 enum ProxyCommand {
     Wait(WaitArguments),
+    /// Hold the end of a dump whose memory follows: started by haulier itself
+    #[command(hide = true)]
+    Keep,
 }
 
 const PROXY_HELP: &str = "\
@@ -61,6 +73,17 @@ otherwise:
   exec haulier image-proxy wait
 With --leave-running it is needed even if nobody cares for the delivery (then with --taken): CRIU lets the
 process go on, and write, while its last pages are still being read.
+
+With --lazy-pages a dump's memory stays where it is until the restored processes want it, and the rest
+follows them. It is not part of the delivery: when the restore begins, the processes depend on both
+hosts and the connection until everything has moved; then the dump ends. Until a restore begins, whatever
+fails has the processes run on at the source; so does a restore that fails before they ran. If the
+connection is lost for longer than --reconnect after that, the restored processes are killed and those
+at the source stay as they are, frozen, for a person to decide. A dump can be restored once.
+  web1# criu dump --stream -D /run/dump -t PID --lazy-pages --address 127.0.0.1 --port 9100
+  web1# haulier image-proxy --to 10.0.0.2:7001 --dir /run/dump --lazy-pages --page-server 127.0.0.1:9100
+  web2# haulier image-cache --listen 10.0.0.2:7001 --dir /run/restore --lazy-pages
+  web2# criu restore --stream -D /run/restore --lazy-pages
 
 Example: a restore that waits for its dump
   web2# haulier image-cache --listen 10.0.0.2:7001 --dir /run/restore
@@ -107,6 +130,11 @@ pub(crate) struct ImageCache {
     /// Dumps of each target that are kept; older ones go, as they do when memory is short
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     keep: u32,
+    /// Take dumps that leave memory behind, and be the lazy-pages daemon of their restores: "criu
+    /// restore --stream -D DIR --lazy-pages". Such a dump can be restored once. The restored processes
+    /// are killed if this ends before all their memory has come
+    #[arg(long)]
+    lazy_pages: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -152,6 +180,9 @@ enum CacheCommand {
         /// Which dump
         snapshot: u64,
     },
+    /// Kill restored processes that lack memory when the image-cache dies: started by haulier itself
+    #[command(hide = true)]
+    Guard,
 }
 
 #[derive(Debug, Args)]
@@ -227,8 +258,10 @@ fn me() -> Identity {
 
 /// `haulier image-proxy`.
 pub(crate) fn image_proxy(arguments: &ImageProxy) -> anyhow::Result<()> {
-    if let Some(ProxyCommand::Wait(arguments)) = &arguments.command {
-        return wait_for_delivery(arguments);
+    match &arguments.command {
+        Some(ProxyCommand::Wait(arguments)) => return wait_for_delivery(arguments),
+        Some(ProxyCommand::Keep) => return Ok(proxy::keep()?),
+        None => {}
     }
     // First of all, before anything else can have that number.
     let way = arguments.connection.way.way()?;
@@ -237,6 +270,10 @@ pub(crate) fn image_proxy(arguments: &ImageProxy) -> anyhow::Result<()> {
         targets: arguments.connection.dir.clone(),
         max_memory: usize::try_from(arguments.max_memory.as_u64())?,
         compression: arguments.compress,
+        lazy_pages: arguments.lazy_pages.then(|| proxy::LazyPages {
+            servers: arguments.page_server.clone(),
+            keeper: Some(|| myself(&["image-proxy", "keep"])),
+        }),
         reconnect: arguments.connection.reconnect,
         key: arguments.connection.key()?,
         me: me(),
@@ -292,6 +329,9 @@ pub(crate) fn image_cache(arguments: &ImageCache) -> anyhow::Result<()> {
             .map_or_else(|| host::available_memory() / 2, |size| size.as_u64()),
         spill: spill.map(|directory| (directory, arguments.max_spill.as_u64())),
         keep: arguments.keep as usize,
+        lazy_pages: arguments.lazy_pages.then_some(cache::LazyPages {
+            guard: Some(|| myself(&["image-cache", "guard"])),
+        }),
         reconnect: arguments.connection.reconnect,
         key: arguments.connection.key()?,
         me: me(),
@@ -309,6 +349,13 @@ fn ready(what: &str, address: Option<&str>) {
         None => println!("{what}"),
     }
     let _ = io::stdout().flush();
+}
+
+/// This program, to do something else.
+fn myself(arguments: &[&str]) -> io::Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(arguments);
+    Ok(command)
 }
 
 fn ask_cache(command: &CacheCommand) -> anyhow::Result<()> {
@@ -347,6 +394,7 @@ fn ask_cache(command: &CacheCommand) -> anyhow::Result<()> {
             cache::forget(&of.dir, *snapshot, &wait)?;
             println!("dump {snapshot} is forgotten");
         }
+        CacheCommand::Guard => guard::run_for_tasks()?,
     }
     Ok(())
 }
@@ -379,6 +427,13 @@ fn target(text: &str) -> Result<(ImageName, PathBuf), String> {
     Ok((name, Path::new(directory).to_owned()))
 }
 
+/// `HOST:PORT` or `NAME=HOST:PORT`.
+fn page_server(text: &str) -> Result<(ImageName, String), String> {
+    let (name, address) = text.split_once('=').unwrap_or((DEFAULT_TARGET, text));
+    let name = ImageName::new(name).map_err(|_| format!("{name:?} cannot be a target's name"))?;
+    Ok((name, host_and_port(address)?))
+}
+
 #[cfg(test)]
 mod tests {
     use clap::Parser;
@@ -392,7 +447,9 @@ mod tests {
             "haulier image-proxy --to web2:7001 --dir /run/dump",
             "haulier image-proxy --listen 0.0.0.0:7001 --dir a=/x --dir b=/y --max-memory 1GiB --compress lz4",
             "haulier image-proxy --connection-fd 3 --dir /run/dump --reconnect 5s",
+            "haulier image-proxy --to web2:7001 --dir a=/x --dir b=/y --lazy-pages --page-server a=127.0.0.1:9100",
             "haulier image-proxy wait --dir /run/dump --taken",
+            "haulier image-cache --listen [::]:7001 --dir /run/restore --lazy-pages",
             "haulier image-cache --listen [::]:7001 --dir /run/restore --spill /var/tmp",
             "haulier image-cache save --dir /run/restore /tmp/images",
             "haulier image-cache list --dir /run/restore --json",
@@ -403,6 +460,7 @@ mod tests {
         for bad in [
             "haulier image-proxy --dir /run/dump",
             "haulier image-proxy --to web2:7001",
+            "haulier image-proxy --to web2:7001 --dir /x --page-server 127.0.0.1:9100",
             "haulier image-proxy --to web2:7001 --listen :1 --dir /x",
             "haulier image-proxy --connection-fd 1 --dir /x",
             "haulier image-cache --listen 0.0.0.0:7001 --dir ../a=/x",

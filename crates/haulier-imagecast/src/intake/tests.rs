@@ -10,7 +10,11 @@ const MEMORY: u64 = 1 << 20;
 
 fn intake() -> Intake {
     let target = ImageName::new("a").unwrap();
-    Intake::new(Arc::new(Store::new(Pool::new(MEMORY), [target], 3)))
+    Intake::new(
+        Arc::new(Store::new(Pool::new(MEMORY), [target], 3)),
+        Arc::default(),
+        false,
+    )
 }
 
 type Frame = (Kind, Vec<u8>);

@@ -96,7 +96,7 @@ fn key(number: u64) -> Key {
 #[test]
 fn a_small_image_is_not_stuck_behind_a_large_one() {
     let (store, mut outbox) = (store(64 << 20), Outbox::new(64 << 20, 64 << 20));
-    let mut intake = Intake::new(Arc::clone(&store));
+    let mut intake = Intake::new(Arc::clone(&store), Arc::default(), false);
     outbox.begin(1, &name("a"));
     let large: Vec<u8> = (0..200).flat_map(|n| page(n as u8)).collect();
     send(&mut outbox, 1, "pages-1.img", &large, 1);
@@ -113,7 +113,7 @@ fn a_small_image_is_not_stuck_behind_a_large_one() {
 #[test]
 fn a_later_dump_refers_to_what_the_one_before_had() {
     let (store, mut outbox) = (store(64 << 20), Outbox::new(64 << 20, 64 << 20));
-    let mut intake = Intake::new(Arc::clone(&store));
+    let mut intake = Intake::new(Arc::clone(&store), Arc::default(), false);
     let mut bytes: Vec<u8> = (0..100).flat_map(page).collect();
     let mut sent = Vec::new();
     for snapshot in 1..=3 {
@@ -138,7 +138,7 @@ fn a_later_dump_refers_to_what_the_one_before_had() {
 #[test]
 fn a_refused_dump_does_not_stop_the_next() {
     let (store, mut outbox) = (store(100_000), Outbox::new(64 << 20, 64 << 20));
-    let mut intake = Intake::new(Arc::clone(&store));
+    let mut intake = Intake::new(Arc::clone(&store), Arc::default(), false);
     let large: Vec<u8> = (1..=100).flat_map(page).collect();
     outbox.begin(1, &name("a"));
     send(&mut outbox, 1, "pages-1.img", &large, 5);
@@ -231,7 +231,7 @@ proptest! {
         window in 5_000_usize..200_000,
     ) {
         let (store, mut outbox) = (store(64 << 20), Outbox::new(1 << 20, window));
-        let mut intake = Intake::new(Arc::clone(&store));
+        let mut intake = Intake::new(Arc::clone(&store), Arc::default(), false);
         let mut breaks = breaks.into_iter();
         for (index, dump) in dumps.iter().enumerate() {
             let snapshot = index as u64 + 1;

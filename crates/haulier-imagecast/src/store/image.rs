@@ -31,6 +31,15 @@ impl Piece {
             Piece::Data(blob) => blob.len() as u64,
         }
     }
+
+    /// Its contents, behind others.
+    pub(crate) fn append_to(&self, bytes: &mut Vec<u8>) -> std::io::Result<()> {
+        match self {
+            Piece::Zero { pages } => bytes.resize(bytes.len() + *pages as usize * PAGE, 0),
+            Piece::Data(blob) => bytes.extend_from_slice(&blob.read()?),
+        }
+        Ok(())
+    }
 }
 
 /// An image that arrives or has arrived.

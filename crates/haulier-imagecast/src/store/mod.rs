@@ -17,6 +17,7 @@ use std::time::Duration;
 use haulier_images::name::ImageName;
 use thiserror::Error;
 
+use crate::lazy::Lazy;
 pub(crate) use image::{End, Image, Next, Piece};
 pub(crate) use pool::{Blob, Pool};
 
@@ -142,6 +143,8 @@ struct Snapshot {
     state: State,
     images: BTreeMap<ImageName, Arc<Image>>,
     readers: usize,
+    /// What is not in its images.
+    lazy: Option<Arc<Lazy>>,
 }
 
 /// A snapshot that is being read, and stays for that long.
@@ -204,6 +207,7 @@ impl Store {
             state: State::Arriving,
             images: BTreeMap::new(),
             readers: 0,
+            lazy: None,
         };
         of_target.snapshots.insert(number, snapshot);
         drop(targets);
@@ -243,6 +247,8 @@ impl Store {
         let wrong = match (&snapshot.state, &state) {
             (State::Arriving, State::Held | State::Failed(_))
             | (State::Held, State::Released | State::Failed(_)) => None,
+            // Its memory can be lost as long as it is not all here.
+            (State::Released, State::Failed(_)) if snapshot.lazy.is_some() => None,
             (State::Failed(why), _) => Some(format!("has failed: {why}")),
             (State::Released, _) => Some("was released".to_owned()),
             _ => Some("is not complete".to_owned()),
@@ -270,6 +276,17 @@ impl Store {
         // Giving back much memory takes its time.
         drop(old);
         Ok(())
+    }
+
+    /// Pages of a snapshot stay with its dump.
+    pub(crate) fn leave(&self, key: &Key, lazy: Arc<Lazy>) -> Result<(), StoreError> {
+        find(&mut self.targets(), key)?.lazy = Some(lazy);
+        Ok(())
+    }
+
+    /// What is not in the images of a snapshot.
+    pub(crate) fn left(&self, key: &Key) -> Option<Arc<Lazy>> {
+        find(&mut self.targets(), key).ok()?.lazy.clone()
     }
 
     /// How a snapshot stands.

@@ -5,6 +5,9 @@
 //! touches a missing page stands still; and when the daemon's end of the socket closes without the
 //! word that all is placed, the guard kills the tasks' cgroup before it lets go.
 //!
+//! Where the tasks are in no cgroup of their own ([`run_for_tasks`]) it kills each task that has sent
+//! a descriptor, and all that descends from it. A child that has left its family is not found.
+//!
 //! A forked child's descriptor reaches the guard some microseconds after the child can run: to die
 //! in between is the one case that is not covered for that child, until the guard kills it.
 
@@ -12,7 +15,7 @@ mod keeper;
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,14 +23,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use haulier_sys::pidfd::{PidfdFlags, pidfd_open};
 use haulier_sys::seclusion::seclude;
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown,
     SocketFlags, SocketType, sockopt,
 };
+use rustix::process::Pid;
 
 use crate::wait::{Wait, WaitError};
-pub use keeper::{Outcome, run};
+pub use keeper::{Outcome, run, run_for_tasks};
 
 /// How long the guard may take for a word of ours. It only has to wake up.
 const SEND_TIME: Duration = Duration::from_secs(5);
@@ -155,7 +160,7 @@ impl Guard {
     /// Says that everything is placed: the guard ends, and kills nothing.
     pub fn complete(&self) {
         if !self.link.complete.swap(true, Ordering::Relaxed) {
-            self.link.say(Word::Complete, 0, None);
+            self.link.say(Word::Complete, 0, &[]);
         }
     }
 
@@ -180,10 +185,16 @@ impl Guard {
         }
     }
 
-    /// Has the guard hold a duplicate.
-    pub(super) fn hold(&self, fd: BorrowedFd<'_>) -> Held {
+    /// Has the guard hold a duplicate, of the task with that pid if it is known.
+    pub(super) fn hold(&self, fd: BorrowedFd<'_>, pid: Option<i32>) -> Held {
         let id = self.link.next.fetch_add(1, Ordering::Relaxed);
-        self.link.say(Word::Hold, id, Some(fd));
+        let task = pid
+            .and_then(Pid::from_raw)
+            .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        match &task {
+            Some(task) => self.link.say(Word::Hold, id, &[fd, task.as_fd()]),
+            None => self.link.say(Word::Hold, id, &[fd]),
+        }
         Held {
             link: self.link.clone(),
             id,
@@ -199,18 +210,17 @@ impl Drop for Guard {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.link.say(Word::Release, self.id, None);
+        self.link.say(Word::Release, self.id, &[]);
     }
 }
 
 impl Link {
-    fn say(&self, word: Word, id: u64, fd: Option<BorrowedFd<'_>>) {
+    fn say(&self, word: Word, id: u64, fds: &[BorrowedFd<'_>]) {
         let mut bytes = [word as u8; WORD_BYTES];
         bytes[1..].copy_from_slice(&id.to_le_bytes());
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
         let mut control = SendAncillaryBuffer::new(&mut space);
-        let fds = fd.map(|fd| [fd]);
-        if let Some(fds) = &fds {
+        if !fds.is_empty() {
             // There is room for exactly this.
             control.push(SendAncillaryMessage::ScmRights(fds));
         }

@@ -133,7 +133,10 @@ fn wait(
 fn hear(shared: &Shared, criu: &mut Criu) -> Result<(), LazyError> {
     if let Criu::Awaited(listener) = criu {
         match listener.accept()? {
-            Some(connection) => *criu = Criu::Connected(connection),
+            Some(connection) => {
+                *criu = Criu::Connected(connection);
+                shared.connected.store(true, Ordering::SeqCst);
+            }
             None => return Ok(()),
         }
     }
@@ -142,9 +145,9 @@ fn hear(shared: &Shared, criu: &mut Criu) -> Result<(), LazyError> {
     };
     while let Some(message) = connection.receive()? {
         match message {
-            Message::Task { vpid, uffd } => {
+            Message::Task { vpid, pid, uffd } => {
                 let todo: Todo = shared.meet(vpid)?;
-                shared.add(Space::new(vpid, uffd, todo, &shared.desk)?);
+                shared.add(Space::new(vpid, pid, uffd, todo, &shared.desk)?);
             }
             Message::Zombie { vpid } => {
                 shared.meet(vpid)?;

@@ -24,6 +24,8 @@ pub(super) struct Shared {
     pub(super) wake: OwnedFd,
     /// Faults wait for pages to arrive: who brings pages looks whether they are the ones.
     pub(super) parked: AtomicBool,
+    /// CRIU's restore has connected.
+    pub(super) connected: AtomicBool,
     stopping: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
@@ -94,6 +96,7 @@ impl Shared {
             options,
             wake,
             parked: AtomicBool::new(false),
+            connected: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             state: Mutex::new(State {
                 expected,

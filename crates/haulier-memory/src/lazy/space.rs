@@ -84,12 +84,16 @@ impl Content {
 impl Space {
     pub(super) fn new(
         vpid: u32,
+        pid: Option<i32>,
         uffd: OwnedFd,
         todo: Todo,
         desk: &Desk,
     ) -> Result<Self, LazyError> {
         // Before anything else: until the guard has it nobody does if this process dies.
-        let held = desk.guard.as_ref().map(|guard| guard.hold(uffd.as_fd()));
+        let held = desk
+            .guard
+            .as_ref()
+            .map(|guard| guard.hold(uffd.as_fd(), pid));
         let uffd = Userfaultfd::from_fd(uffd).map_err(|source| LazyError::Descriptor {
             task: vpid,
             doing: "set up",
@@ -405,7 +409,7 @@ impl Space {
                     todo.wait_for(address & !(PAGE - 1));
                 }
                 Event::Fork { uffd } => {
-                    let mut child = Space::new(self.vpid, uffd, todo.fork(), desk)?;
+                    let mut child = Space::new(self.vpid, None, uffd, todo.fork(), desk)?;
                     child.family = self.family.clone();
                     children.push(child);
                 }

@@ -4,18 +4,24 @@ use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSliceMut, Read, Seek, SeekFrom, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use haulier_sys::pidfd::{PidfdFlags, pidfd_open};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags};
+use rustix::process::{Pid, Signal, pidfd_send_signal};
 
 use super::{GuardError, READY, WORD_BYTES, Word, kill_file};
 
 /// How often to look whether the last task is dead.
 const LOOK: Duration = Duration::from_millis(5);
+
+/// How long killed tasks may take to end.
+const DEATH: Duration = Duration::from_secs(10);
 
 /// How often to try again what must not fail.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -58,30 +64,118 @@ pub fn run(cgroup: &Path, before_kill: impl FnOnce()) -> Result<Outcome, GuardEr
     // for want of memory as anybody.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     say(socket, &[READY])?;
+    let Some(held) = keep(socket, |_| {}) else {
+        return Ok(Outcome::Complete);
+    };
+    // Nobody but the daemon thaws it, and that is gone.
+    let had_run = !cgroup.is_frozen();
+    if cgroup.is_populated() {
+        before_kill();
+    }
+    cgroup.kill();
+    // Only now: the last of them closes the memory for good.
+    drop(held);
+    Ok(Outcome::Killed { had_run })
+}
+
+/// The same for tasks that are in no cgroup of their own: what is killed is every task that has sent
+/// a descriptor, and its descendants.
+///
+/// # Errors
+/// [`GuardError::Socket`].
+pub fn run_for_tasks() -> Result<(), GuardError> {
+    let stdin = io::stdin();
+    let socket = stdin.as_fd();
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    say(socket, &[READY])?;
+    let mut tasks = Vec::new();
+    let Some(held) = keep(socket, |task| tasks.push(task)) else {
+        return Ok(());
+    };
+    kill(&tasks);
+    drop(held);
+    Ok(())
+}
+
+/// Holds what it is given until all is placed; then nothing is left of it. Otherwise the daemon has
+/// gone, and here is what is held.
+fn keep(socket: BorrowedFd<'_>, mut task: impl FnMut(OwnedFd)) -> Option<HashMap<u64, OwnedFd>> {
     let mut held = HashMap::new();
     loop {
         match hear(socket) {
-            Ok(Some((Word::Hold, id, Some(fd)))) => {
+            Ok(Some((Word::Hold, id, Some(fd), of))) => {
                 held.insert(id, fd);
+                of.into_iter().for_each(&mut task);
             }
-            Ok(Some((Word::Release, id, _))) => {
+            Ok(Some((Word::Release, id, ..))) => {
                 held.remove(&id);
             }
-            Ok(Some((Word::Complete, ..))) => return Ok(Outcome::Complete),
+            Ok(Some((Word::Complete, ..))) => return None,
             // Without a descriptor there is nothing to hold: it does not come from a daemon.
-            Ok(Some((Word::Hold, _, None)) | None) | Err(_) => {
-                // Nobody but the daemon thaws it, and that is gone.
-                let had_run = !cgroup.is_frozen();
-                if cgroup.is_populated() {
-                    before_kill();
-                }
-                cgroup.kill();
-                // Only now: the last of them closes the memory for good.
-                drop(held);
-                return Ok(Outcome::Killed { had_run });
-            }
+            Ok(Some((Word::Hold, _, None, _)) | None) | Err(_) => return Some(held),
         }
     }
+}
+
+/// Kills tasks and their descendants, and waits for their end.
+fn kill(tasks: &[OwnedFd]) {
+    let mut family: Vec<OwnedFd> = tasks.iter().filter_map(|t| t.try_clone().ok()).collect();
+    // Stopped they have no more children; those that they have are next, until there are none.
+    loop {
+        for task in &family {
+            let _ = pidfd_send_signal(task, Signal::STOP);
+        }
+        let pids: Vec<i32> = family.iter().filter_map(pid_of).collect();
+        let children: Vec<OwnedFd> = children_of(&pids)
+            .into_iter()
+            .filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
+            .collect();
+        for task in &family {
+            // It has ended already, or ends.
+            let _ = pidfd_send_signal(task, Signal::KILL);
+        }
+        if children.is_empty() {
+            break;
+        }
+        family = children;
+    }
+    let deadline = Instant::now() + DEATH;
+    while tasks.iter().any(|task| pid_of(task).is_some()) && Instant::now() < deadline {
+        thread::sleep(LOOK);
+    }
+}
+
+/// The pid of a task that lives.
+fn pid_of(task: &OwnedFd) -> Option<i32> {
+    let mut fds = [PollFd::new(task, PollFlags::IN)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // Readable once it has ended.
+    if poll(&mut fds, Some(&now)) != Ok(0) {
+        return None;
+    }
+    let info = format!("/proc/self/fdinfo/{}", task.as_raw_fd());
+    let info = std::fs::read_to_string(info).ok()?;
+    let pid = info.lines().find_map(|line| line.strip_prefix("Pid:"))?;
+    pid.trim().parse().ok().filter(|pid| *pid > 0)
+}
+
+fn children_of(parents: &[i32]) -> Vec<Pid> {
+    let Ok(all) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    let child = |name: &str| {
+        let pid: i32 = name.parse().ok()?;
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name in front may have anything in it.
+        let parent = stat.rsplit_once(')')?.1.split_whitespace().nth(1)?;
+        let parent: i32 = parent.parse().ok()?;
+        parents.contains(&parent).then(|| Pid::from_raw(pid))?
+    };
+    all.filter_map(|entry| child(entry.ok()?.file_name().to_str()?))
+        .collect()
 }
 
 fn say(socket: BorrowedFd<'_>, bytes: &[u8]) -> Result<(), GuardError> {
@@ -90,10 +184,13 @@ fn say(socket: BorrowedFd<'_>, bytes: &[u8]) -> Result<(), GuardError> {
         .map_err(|errno| GuardError::Socket(errno.into()))
 }
 
+/// A word, its number, and what came with it: a userfaultfd and its task.
+type Heard = (Word, u64, Option<OwnedFd>, Option<OwnedFd>);
+
 /// The next word, or `None` if there is nobody to say one.
-fn hear(socket: BorrowedFd<'_>) -> Result<Option<(Word, u64, Option<OwnedFd>)>, Errno> {
+fn hear(socket: BorrowedFd<'_>) -> Result<Option<Heard>, Errno> {
     let mut bytes = [0; WORD_BYTES];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = loop {
         let slices = &mut [IoSliceMut::new(&mut bytes)];
@@ -102,10 +199,10 @@ fn hear(socket: BorrowedFd<'_>) -> Result<Option<(Word, u64, Option<OwnedFd>)>, 
             other => break other?,
         }
     };
-    let mut fd = None;
+    let (mut fd, mut task) = (None, None);
     for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(fds) = message {
-            fd = fds.last();
+        if let RecvAncillaryMessage::ScmRights(mut fds) = message {
+            (fd, task) = (fds.next(), fds.next());
         }
     }
     if received.bytes != WORD_BYTES {
@@ -114,7 +211,7 @@ fn hear(socket: BorrowedFd<'_>) -> Result<Option<(Word, u64, Option<OwnedFd>)>, 
     let [kind, id @ ..] = bytes;
     let known = [Word::Hold, Word::Release, Word::Complete];
     let word = known.into_iter().find(|word| *word as u8 == kind);
-    Ok(word.map(|word| (word, u64::from_le_bytes(id), fd)))
+    Ok(word.map(|word| (word, u64::from_le_bytes(id), fd, task)))
 }
 
 /// The files of the cgroup, open from the start: a cgroup of the same name that somebody makes

@@ -1,0 +1,220 @@
+//! Fetches what a dump has left behind, from the page server that CRIU becomes, and ends that dump.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use haulier_criu::page_server::{self, PageServer, PageServerError};
+use haulier_images::name::ImageName;
+use haulier_images::page::PAGE;
+use haulier_memory::page::PageRange;
+use haulier_sys::wait::{Cancel, Wait};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::desk::Desk;
+use crate::directory::explain;
+use crate::keeper::Keeper;
+use crate::left::Errand;
+use crate::pages::LazyPages;
+
+/// How often it is looked whether the page server listens.
+const RETRY: Duration = Duration::from_millis(20);
+/// How long CRIU may take to become a page server: its user's scripts come before.
+const PATIENCE: Duration = Duration::from_secs(3600);
+/// How long one answer may take.
+const ANSWER: Duration = Duration::from_secs(60);
+/// How long a dump that was given up may take to become one, so that it can be told.
+const GIVEN_UP: Duration = Duration::from_secs(60);
+
+/// Where the page servers of dumps are.
+#[derive(Debug, Clone)]
+pub(crate) enum Servers {
+    /// They listen at `host:port`.
+    At(String),
+    /// They have been given their end of a connection; the newest one that nobody has taken.
+    Given(Arc<Mutex<Option<OwnedFd>>>),
+}
+
+impl Servers {
+    fn connect(&self) -> io::Result<Option<OwnedFd>> {
+        match self {
+            Servers::At(address) => page_server::connect(address),
+            Servers::Given(socket) => {
+                Ok(socket.lock().unwrap_or_else(PoisonError::into_inner).take())
+            }
+        }
+    }
+}
+
+/// What is needed to fetch.
+#[derive(Debug, Clone)]
+pub(crate) struct Fetcher {
+    pub(crate) desk: Arc<Desk>,
+    pub(crate) target: ImageName,
+    pub(crate) servers: Servers,
+    pub(crate) keeper: Option<fn() -> io::Result<Command>>,
+    pub(crate) stop: Cancel,
+}
+
+impl Fetcher {
+    /// The whole life of the pages of a dump: returns when the dump has been told how to end.
+    pub(crate) fn run(&self, dump: u64) {
+        let Some(socket) = self.connect(dump) else {
+            let why = "CRIU did not become a page server; its log says why";
+            self.desk.fail(dump, why);
+            return;
+        };
+        if let Err(error) = self.serve(dump, socket) {
+            self.desk.fail(dump, &explain(&error));
+        }
+    }
+
+    fn connect(&self, dump: u64) -> Option<OwnedFd> {
+        let since = Instant::now();
+        let mut failed = None;
+        let mut said = false;
+        while !self.stop.is_cancelled() && since.elapsed() < PATIENCE {
+            // Of a later dump, which this must not touch.
+            if self.desk.newest(&self.target) != Some(dump) {
+                return None;
+            }
+            if self.desk.is_failed(dump) {
+                let since: Instant = *failed.get_or_insert_with(Instant::now);
+                if since.elapsed() >= GIVEN_UP || self.desk.is_gone(dump) {
+                    return None;
+                }
+            }
+            match self.servers.connect() {
+                Ok(Some(socket)) => return Some(socket),
+                Ok(None) => {}
+                Err(error) if !said => {
+                    tracing::warn!("CRIU's page server cannot be reached: {error}");
+                    said = true;
+                }
+                Err(_) => {}
+            }
+            thread::sleep(RETRY);
+        }
+        None
+    }
+
+    fn serve(&self, dump: u64, socket: OwnedFd) -> Result<(), PageServerError> {
+        let desk = &self.desk;
+        let keeper = match self.keeper {
+            None => None,
+            Some(command) => match command().and_then(|c| Keeper::start(c, socket.as_fd())) {
+                Ok(keeper) => Some(keeper),
+                Err(error) => {
+                    desk.fail(dump, &format!("there is no keeper of its end: {error}"));
+                    page_server::refuse(&socket);
+                    return Ok(());
+                }
+            },
+        };
+        let mut server = PageServer::new(socket, desk.is_wide(dump))?;
+        let mut buffer = vec![0; crate::left::CHUNK as usize * PAGE];
+        if let Some((task, page)) = desk.first_left(dump) {
+            // That it answers proves that CRIU is beyond its scripts.
+            server.get(task, page, &mut buffer[..PAGE], &self.stop.wait(PATIENCE))?;
+        }
+        desk.serves(dump);
+        loop {
+            if is_closed(&server) {
+                let error = io::ErrorKind::UnexpectedEof.into();
+                return Err(PageServerError::Broken(error));
+            }
+            match desk.errand(dump) {
+                None if self.stop.is_cancelled() => {
+                    self.stopped(dump, server, keeper);
+                    return Ok(());
+                }
+                None => {}
+                Some(Errand::Begin) => {
+                    if let Some(keeper) = &keeper {
+                        if let Err(error) = keeper.begun() {
+                            desk.fail(dump, &format!("the keeper of its end is gone: {error}"));
+                            continue;
+                        }
+                    }
+                    desk.go(dump);
+                }
+                Some(Errand::Get(task, range, urgent)) => {
+                    let bytes = range.pages as usize * PAGE;
+                    let wait = Wait::uncancellable(ANSWER);
+                    let pages = &mut buffer[..bytes];
+                    let got = server.get(task, range.start, pages, &wait)?;
+                    let (range, _) = range.split(got as u64);
+                    self.send(dump, task, range, &buffer[..got * PAGE], urgent);
+                }
+                Some(Errand::Finish) => {
+                    server.finish(&Wait::uncancellable(ANSWER))?;
+                    tracing::info!("all memory of {} has moved: its dump ends", self.target);
+                    keeper.into_iter().for_each(Keeper::over);
+                    desk.ended(dump);
+                    return Ok(());
+                }
+                Some(Errand::Refuse(why)) => {
+                    tracing::warn!("{} runs on here: {why}", self.target);
+                    server.refuse();
+                    keeper.into_iter().for_each(Keeper::over);
+                    desk.ended(dump);
+                    return Ok(());
+                }
+                Some(Errand::Hold(why)) => {
+                    self.hold(&why, keeper.as_ref());
+                    while !self.stop.is_cancelled() && !is_closed(&server) {
+                        thread::sleep(RETRY);
+                    }
+                    desk.ended(dump);
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn send(&self, dump: u64, task: u32, range: PageRange, contents: &[u8], urgent: bool) {
+        let zero = contents.iter().all(|byte| *byte == 0);
+        let pages = LazyPages {
+            snapshot: dump,
+            task,
+            range,
+            zero,
+        };
+        let contents = if zero { &[] } else { contents };
+        self.desk.send_pages(&pages, contents.to_vec(), urgent);
+    }
+
+    /// The proxy ends, and what is left undone is the keeper's.
+    fn stopped(&self, dump: u64, server: PageServer, keeper: Option<Keeper>) {
+        if self.desk.may_run_elsewhere(dump) {
+            self.hold("the image-proxy was stopped", keeper.as_ref());
+        } else {
+            server.refuse();
+            keeper.into_iter().for_each(Keeper::over);
+        }
+    }
+
+    fn hold(&self, why: &str, keeper: Option<&Keeper>) {
+        let keeper = keeper.map_or(0, Keeper::pid);
+        tracing::error!(
+            "{why}: it is not known whether {} runs at its destination, so its tasks stay here as \
+             they are, frozen. To have them run on here, kill -9 the criu that dumps them; to end \
+             them, kill -9 {keeper}",
+            self.target
+        );
+    }
+}
+
+/// Whether CRIU has closed its end, unasked.
+fn is_closed(server: &PageServer) -> bool {
+    let socket = server.socket();
+    let mut fds = [PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::RDHUP)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    matches!(poll(&mut fds, Some(&now)), Ok(1..))
+}

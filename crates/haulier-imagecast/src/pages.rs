@@ -1,0 +1,100 @@
+//! Frames of pages that a dump left behind. No IO.
+
+use haulier_images::page::PAGE;
+use haulier_memory::page::PageRange;
+
+/// Bytes in front of the contents.
+const HEAD: usize = 24;
+/// Most pages of a frame.
+pub(crate) const MOST: u64 = 256;
+/// They are all zero, and no contents follow.
+const ZERO: u32 = 1 << 31;
+
+/// Which pages are in a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LazyPages {
+    pub(crate) snapshot: u64,
+    /// Whose they are, by the pid in the images.
+    pub(crate) task: u32,
+    pub(crate) range: PageRange,
+    pub(crate) zero: bool,
+}
+
+impl LazyPages {
+    pub(crate) fn head(&self) -> [u8; HEAD] {
+        let mut head = [0; HEAD];
+        let count = self.range.pages as u32 | if self.zero { ZERO } else { 0 };
+        head[..8].copy_from_slice(&self.snapshot.to_le_bytes());
+        head[8..12].copy_from_slice(&self.task.to_le_bytes());
+        head[12..16].copy_from_slice(&count.to_le_bytes());
+        head[16..].copy_from_slice(&self.range.start.to_le_bytes());
+        head
+    }
+
+    /// Which pages a body has, and their contents.
+    pub(crate) fn decode(body: &[u8]) -> Result<(LazyPages, &[u8]), String> {
+        let (head, contents) = body
+            .split_first_chunk::<HEAD>()
+            .ok_or("pages without a head")?;
+        let long = |at: usize| {
+            let mut bytes = [0; 8];
+            bytes.copy_from_slice(&head[at..at + 8]);
+            u64::from_le_bytes(bytes)
+        };
+        let second = long(8);
+        let count = (second >> 32) as u32;
+        let pages = LazyPages {
+            snapshot: long(0),
+            task: second as u32,
+            range: PageRange {
+                start: long(16),
+                pages: u64::from(count & !ZERO),
+            },
+            zero: count & ZERO != 0,
+        };
+        let length = if pages.zero { 0 } else { pages.range.pages };
+        if !pages.range.is_valid() || pages.range.pages > MOST {
+            return Err(format!("no frame of pages: {}", pages.range));
+        }
+        if contents.len() as u64 != length * PAGE as u64 {
+            return Err(format!("{} bytes for {length} pages", contents.len()));
+        }
+        Ok((pages, contents))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_comes_back_and_nonsense_is_refused() {
+        for zero in [false, true] {
+            let pages = LazyPages {
+                snapshot: 3 << 40,
+                task: 77,
+                range: PageRange {
+                    start: 0x7f00_1234_5000,
+                    pages: 2,
+                },
+                zero,
+            };
+            let mut body = pages.head().to_vec();
+            body.resize(HEAD + if zero { 0 } else { 2 * PAGE }, 9);
+            let (got, contents) = LazyPages::decode(&body).unwrap();
+            assert_eq!((got, contents.len()), (pages, body.len() - HEAD));
+            body.push(0);
+            assert!(LazyPages::decode(&body).is_err(), "a byte too many");
+        }
+        let of = |pages, start| LazyPages {
+            snapshot: 1,
+            task: 1,
+            range: PageRange { start, pages },
+            zero: true,
+        };
+        for bad in [of(0, 0x1000), of(MOST + 1, 0x1000), of(1, 0x1001)] {
+            assert!(LazyPages::decode(&bad.head()).is_err(), "{bad:?}");
+        }
+        assert!(LazyPages::decode(&[0; HEAD - 1]).is_err());
+    }
+}
