@@ -91,9 +91,6 @@ pub(crate) fn capture(
         dump.read()?;
         // A dump that leaves pages behind stays connected until they are fetched.
         let complete = asked || !dump.connected || desk.is_serving(ticket.dump);
-        if !dump.connected {
-            desk.leave(ticket.dump);
-        }
         if !dump.taken && dump.images.is_empty() && complete {
             if !dump.inventory {
                 let what = "CRIU ended the dump before it was complete; its log says why";
@@ -289,10 +286,12 @@ impl Capture<'_> {
         };
         let dump = self.ticket.dump;
         if self.desk.left_behind(dump, task, left)? {
+            let server = fetcher.prepare(self.connection.peer());
+            let server = server.map_err(CaptureError::Wrong)?;
             let fetcher = fetcher.clone();
             thread::Builder::new()
                 .name("fetch".to_owned())
-                .spawn(move || fetcher.run(dump))
+                .spawn(move || fetcher.run(dump, server))
                 .map_err(CaptureError::Wait)?;
         }
         Ok(())

@@ -73,8 +73,6 @@ struct Dump {
     wake: Arc<OwnedFd>,
     /// What is not in its images.
     left: Option<LeftBehind>,
-    /// Whether the dump has ended, as far as that can be seen.
-    gone: bool,
 }
 
 impl Dump {
@@ -169,7 +167,6 @@ impl Desk {
             delivered: Delivered::default(),
             wake: Arc::clone(&wake),
             left: None,
-            gone: false,
         };
         state.dumps.insert(dump, entry);
         state.forget_old();
@@ -312,18 +309,6 @@ impl Desk {
     pub(crate) fn is_failed(&self, dump: u64) -> bool {
         let failed = |dump: &Dump| matches!(dump.stage, Stage::Failed(_));
         self.state().dumps.get(&dump).is_none_or(failed)
-    }
-
-    /// CRIU has closed its connection.
-    pub(crate) fn leave(&self, dump: u64) {
-        if let Some(entry) = self.state().dumps.get_mut(&dump) {
-            entry.gone = true;
-        }
-    }
-
-    /// Whether CRIU has.
-    pub(crate) fn is_gone(&self, dump: u64) -> bool {
-        self.state().dumps.get(&dump).is_none_or(|dump| dump.gone)
     }
 
     /// Whether its CRIU counts pages in 64 bits.

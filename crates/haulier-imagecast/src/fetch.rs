@@ -16,7 +16,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::desk::Desk;
 use crate::directory::explain;
-use crate::keeper::Keeper;
+use crate::keeper::{self, Keeper};
 use crate::left::Errand;
 use crate::pages::LazyPages;
 
@@ -35,18 +35,27 @@ pub(crate) enum Servers {
     /// They listen at `host:port`.
     At(String),
     /// They have been given their end of a connection; the newest one that nobody has taken.
-    Given(Arc<Mutex<Option<OwnedFd>>>),
+    Given(Arc<Mutex<Option<Connected>>>),
 }
 
-impl Servers {
-    fn connect(&self) -> io::Result<Option<OwnedFd>> {
-        match self {
-            Servers::At(address) => page_server::connect(address),
-            Servers::Given(socket) => {
-                Ok(socket.lock().unwrap_or_else(PoisonError::into_inner).take())
-            }
-        }
-    }
+/// A connection to a page server, or to what becomes one.
+#[derive(Debug)]
+pub(crate) struct Connected {
+    socket: OwnedFd,
+    keeper: Option<Keeper>,
+}
+
+/// The page server of a dump.
+#[derive(Debug)]
+pub(crate) enum Server {
+    /// It will listen.
+    At {
+        address: String,
+        /// Its process, if it can be seen from here.
+        criu: Option<OwnedFd>,
+        keeper: Option<Keeper>,
+    },
+    Given(Connected),
 }
 
 /// What is needed to fetch.
@@ -60,35 +69,102 @@ pub(crate) struct Fetcher {
 }
 
 impl Fetcher {
+    /// Takes a connection that a dump will be given the other end of.
+    pub(crate) fn take(&self, socket: OwnedFd) {
+        let Servers::Given(newest) = &self.servers else {
+            return;
+        };
+        let kept = self.keep().and_then(|keeper| {
+            keeper
+                .iter()
+                .try_for_each(|keeper| keeper.hold(socket.as_fd()))?;
+            Ok(keeper)
+        });
+        match kept {
+            Ok(keeper) => {
+                let mut newest = newest.lock().unwrap_or_else(PoisonError::into_inner);
+                *newest = Some(Connected { socket, keeper });
+            }
+            Err(error) => {
+                tracing::warn!("a connection of a page server was turned away: {error}");
+                page_server::refuse(&socket);
+            }
+        }
+    }
+
+    /// Makes sure that a dump which leaves memory behind does not end by the death of this process,
+    /// and finds its page server. `criu`: its pid, if known.
+    ///
+    /// # Errors
+    /// Why that cannot be had, in a line.
+    pub(crate) fn prepare(&self, criu: Option<i32>) -> Result<Server, String> {
+        match &self.servers {
+            Servers::At(address) => {
+                let criu = criu.and_then(keeper::process);
+                let kept = self.keep().and_then(|keeper| {
+                    let dump = criu.as_ref().map(AsFd::as_fd);
+                    keeper
+                        .iter()
+                        .try_for_each(|keeper| keeper.watch(address, dump))?;
+                    Ok(keeper)
+                });
+                Ok(Server::At {
+                    address: address.clone(),
+                    criu,
+                    keeper: kept.map_err(|error| format!("there is no keeper: {error}"))?,
+                })
+            }
+            Servers::Given(newest) => {
+                let newest = newest.lock().unwrap_or_else(PoisonError::into_inner).take();
+                newest.map(Server::Given).ok_or_else(|| {
+                    "the image-proxy runs without --page-server, and the dump was given no connection \
+                     to page-server.sock with --ps-socket"
+                        .to_owned()
+                })
+            }
+        }
+    }
+
+    fn keep(&self) -> io::Result<Option<Keeper>> {
+        self.keeper
+            .map(|command| Keeper::start(command()?))
+            .transpose()
+    }
+
     /// The whole life of the pages of a dump: returns when the dump has been told how to end.
-    pub(crate) fn run(&self, dump: u64) {
-        let Some(socket) = self.connect(dump) else {
+    pub(crate) fn run(&self, dump: u64, server: Server) {
+        let Some(Connected { socket, keeper }) = self.connect(dump, server) else {
             let why = "CRIU did not become a page server; its log says why";
             self.desk.fail(dump, why);
             return;
         };
-        if let Err(error) = self.serve(dump, socket) {
+        if let Err(error) = self.serve(dump, socket, keeper) {
             self.desk.fail(dump, &explain(&error));
         }
     }
 
-    fn connect(&self, dump: u64) -> Option<OwnedFd> {
+    fn connect(&self, dump: u64, server: Server) -> Option<Connected> {
+        let (address, criu, keeper) = match server {
+            Server::Given(connected) => return Some(connected),
+            Server::At {
+                address,
+                criu,
+                keeper,
+            } => (address, criu, keeper),
+        };
         let since = Instant::now();
         let mut failed = None;
         let mut said = false;
         while !self.stop.is_cancelled() && since.elapsed() < PATIENCE {
-            // Of a later dump, which this must not touch.
-            if self.desk.newest(&self.target) != Some(dump) {
-                return None;
-            }
-            if self.desk.is_failed(dump) {
-                let since: Instant = *failed.get_or_insert_with(Instant::now);
-                if since.elapsed() >= GIVEN_UP || self.desk.is_gone(dump) {
-                    return None;
+            match page_server::connect(&address) {
+                Ok(Some(socket)) => {
+                    let held = keeper.as_ref().map(|keeper| keeper.hold(socket.as_fd()));
+                    if let Some(Err(error)) = held {
+                        self.desk
+                            .fail(dump, &format!("its keeper is gone: {error}"));
+                    }
+                    return Some(Connected { socket, keeper });
                 }
-            }
-            match self.servers.connect() {
-                Ok(Some(socket)) => return Some(socket),
                 Ok(None) => {}
                 Err(error) if !said => {
                     tracing::warn!("CRIU's page server cannot be reached: {error}");
@@ -96,24 +172,30 @@ impl Fetcher {
                 }
                 Err(_) => {}
             }
+            let over = match &criu {
+                Some(criu) => keeper::has_ended(criu),
+                None if self.desk.is_failed(dump) => {
+                    let since: Instant = *failed.get_or_insert_with(Instant::now);
+                    since.elapsed() >= GIVEN_UP
+                }
+                None => false,
+            };
+            if over {
+                keeper.into_iter().for_each(Keeper::over);
+                return None;
+            }
             thread::sleep(RETRY);
         }
         None
     }
 
-    fn serve(&self, dump: u64, socket: OwnedFd) -> Result<(), PageServerError> {
+    fn serve(
+        &self,
+        dump: u64,
+        socket: OwnedFd,
+        keeper: Option<Keeper>,
+    ) -> Result<(), PageServerError> {
         let desk = &self.desk;
-        let keeper = match self.keeper {
-            None => None,
-            Some(command) => match command().and_then(|c| Keeper::start(c, socket.as_fd())) {
-                Ok(keeper) => Some(keeper),
-                Err(error) => {
-                    desk.fail(dump, &format!("there is no keeper of its end: {error}"));
-                    page_server::refuse(&socket);
-                    return Ok(());
-                }
-            },
-        };
         let mut server = PageServer::new(socket, desk.is_wide(dump))?;
         let mut buffer = vec![0; crate::left::CHUNK as usize * PAGE];
         if let Some((task, page)) = desk.first_left(dump) {

@@ -410,6 +410,12 @@ impl Intake {
         if self.store.state(&key) == Some(State::Held) {
             self.store.settle(&key, State::Released)?;
         }
+        if self.lazies.contains_key(&release.snapshot) {
+            let Key { target, number } = &key;
+            tracing::info!(
+                "snapshot {number} of {target} waits to be restored, with its memory at its source"
+            );
+        }
         Ok(())
     }
 

@@ -493,6 +493,8 @@ impl Follower {
                 let snapshot = self.lazy.number;
                 let restored = Body::Restored(Restored { snapshot });
                 self.lazy.outgoing.say(restored);
+                let target = &self.lazy.key.target;
+                tracing::info!("{target} is restored, its memory follows");
             }
             if let Some(why) = self.lazy.trouble() {
                 return Err((why, connected));

@@ -7,7 +7,6 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -369,10 +368,8 @@ impl Door {
                 Err(errno) => return Err(errno.into()),
             }
             if let (Some(pages), Some(fetcher)) = (&self.pages, &self.fetcher) {
-                if let (Some(socket), Servers::Given(newest)) = (pages.accept()?, &fetcher.servers)
-                {
-                    let mut newest = newest.lock().unwrap_or_else(PoisonError::into_inner);
-                    *newest = Some(socket);
+                if let Some(socket) = pages.accept()? {
+                    fetcher.take(socket);
                 }
             }
             // Dumps first: who asks about the newest dump means one that has connected before.

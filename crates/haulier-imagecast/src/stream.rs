@@ -197,10 +197,15 @@ impl Connection {
         }
     }
 
+    /// CRIU's pid.
+    pub(crate) fn peer(&self) -> Option<i32> {
+        let peer = rustix::net::sockopt::socket_peercred(&self.socket).ok()?;
+        Some(peer.pid.as_raw_nonzero().get())
+    }
+
     /// The directory that CRIU works in by now, as this process may open it; `None` if it cannot be told.
     pub(crate) fn work_directory(&self) -> Option<PathBuf> {
-        let peer = rustix::net::sockopt::socket_peercred(&self.socket).ok()?;
-        let path = format!("/proc/{}/cwd", peer.pid.as_raw_nonzero());
+        let path = format!("/proc/{}/cwd", self.peer()?);
         // Of another PID namespace there is nothing to be seen.
         std::fs::metadata(&path).ok()?;
         Some(path.into())

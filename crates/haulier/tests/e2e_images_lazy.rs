@@ -4,26 +4,44 @@
 mod cast;
 mod stage;
 
+use std::fs;
+
 use cast::{Cast, Counter};
-use haulier_lab::{Captured, Signal};
+use haulier_lab::{Captured, HostCommand, Signal};
 use stage::play::tree_of;
 use stage::{LONG, eventually, lab_program, start};
 
-const PORT: &str = "9100";
-
 /// The options of a dump that becomes a page server.
-const LEAVING: [&str; 5] = ["--lazy-pages", "--address", "127.0.0.1", "--port", PORT];
+const LEAVING: [&str; 5] = ["--lazy-pages", "--address", "127.0.0.1", "--port", "9100"];
+/// Slow enough for everything to happen before the memory has moved.
+const SLOW: &str = "20mbit";
 
 fn lazy_proxy(cast: &Cast, options: &[&str]) -> Captured {
     let mut all = vec!["--lazy-pages", "--page-server", "127.0.0.1:9100"];
     all.extend(options);
-    cast.proxy(&all)
+    let proxy = cast.proxy(&all);
+    let connected = proxy.wait_for_output("connected to the image-cache", LONG);
+    connected.unwrap();
+    proxy
 }
 
 fn lazy_cache(cast: &Cast, options: &[&str]) -> Captured {
     let mut all = vec!["--lazy-pages"];
     all.extend(options);
     cast.cache(&all)
+}
+
+fn lazy_restore(cast: &Cast) -> HostCommand {
+    cast.restore("/srv/images", &["--lazy-pages"])
+}
+
+/// Ends them, so that others can take their places.
+fn end(programs: [Captured; 2]) {
+    for program in programs {
+        // It may have been killed.
+        let _ = program.process.kill(Signal::TERM);
+        program.finish(LONG).unwrap();
+    }
 }
 
 fn nothing_on_disk(cast: &Cast) {
@@ -33,13 +51,59 @@ fn nothing_on_disk(cast: &Cast) {
     }
 }
 
+/// A counter that runs on host 2 while most of its memory is on host 1.
+struct Between {
+    cast: Cast,
+    counter: Counter,
+    cache: Captured,
+    proxy: Captured,
+    dump: Captured,
+}
+
+impl Between {
+    fn new() -> Between {
+        let cast = Cast::new();
+        let counter = cast.counter(64);
+        let cache = lazy_cache(&cast, &["--reconnect", "2s"]);
+        let proxy = lazy_proxy(&cast, &["--reconnect", "2s"]);
+        cast.stage.lab.shape(Some(SLOW)).unwrap();
+        let dump = cast.dump_with_vote(counter.pid, &LEAVING);
+        let dump = dump.spawn_captured().unwrap();
+        cast.restored(lazy_restore(&cast).output(LONG).unwrap());
+        cache
+            .wait_for_output("is restored, its memory follows", LONG)
+            .unwrap();
+        assert!(cast.stage.host(2).process_alive(counter.pid));
+        Between {
+            cast,
+            counter,
+            cache,
+            proxy,
+            dump,
+        }
+    }
+
+    /// It is gone from host 2, and stands on host 1 until a person has it run on.
+    fn is_left_to_a_person(self) {
+        let host = |number| self.cast.stage.host(number);
+        let pid = self.counter.pid;
+        eventually("nothing of it runs without its memory", || {
+            !host(2).process_alive(pid)
+        });
+        assert!(host(1).process_alive(pid), "the last copy");
+        let before = fs::read(&self.counter.report).unwrap();
+        self.dump.process.kill(Signal::KILL).unwrap();
+        assert_eq!(before, fs::read(&self.counter.report).unwrap(), "it stood");
+        self.counter.goes_on();
+    }
+}
+
 #[test]
 fn the_memory_of_a_redis_follows_it() {
     let cast = Cast::new();
     let redis = cast.redis(64);
     let cache = lazy_cache(&cast, &[]);
-    let restore = cast.restore("/srv/images", &["--lazy-pages"]);
-    let restore = restore.spawn_captured().unwrap();
+    let restore = lazy_restore(&cast).spawn_captured().unwrap();
     let proxy = lazy_proxy(&cast, &[]);
 
     let dump = cast.dump_with_vote(redis, &LEAVING).spawn_captured();
@@ -55,9 +119,238 @@ fn the_memory_of_a_redis_follows_it() {
     cast.is_right_then_ends(redis, 1, 64);
     nothing_on_disk(&cast);
     // It is not here to be restored again.
-    let again = cast.restore("/srv/images", &["--lazy-pages"]);
-    assert!(!again.output(LONG).unwrap().status.success());
+    let again = lazy_restore(&cast).output(LONG).unwrap();
+    assert!(!again.status.success());
     cache
         .wait_for_output("it was restored before", LONG)
         .unwrap();
+}
+
+#[test]
+fn a_tree_is_fetched_over_a_connection_that_its_dump_was_given() {
+    let cast = Cast::new();
+    let reports = ["one", "two", "three"].map(|name| cast.folder.path().join(name));
+    let workers: Vec<String> = reports
+        .iter()
+        .map(|report| {
+            format!(
+                "{} workload threads --threads 2 --memory 16 --pages-per-second 500 --report {} &",
+                lab_program(),
+                report.display()
+            )
+        })
+        .collect();
+    let line = format!("{} wait", workers.join(" "));
+    let root = start(cast.stage.host(1), &["sh", "-c", &line]).pid();
+    let counters = reports.map(|report| Counter { pid: root, report });
+    counters.iter().for_each(Counter::goes_on);
+    let tree = tree_of(cast.stage.host(1), root);
+    assert_eq!(tree.len(), 4);
+
+    let cache = lazy_cache(&cast, &[]);
+    let restore = lazy_restore(&cast).spawn_captured().unwrap();
+    let _proxy = cast.proxy(&["--lazy-pages"]);
+    // Connects, and becomes CRIU. There is no vote.
+    let connect = "import os, socket, sys\n\
+        s = socket.socket(socket.AF_UNIX)\n\
+        s.connect('/srv/images/page-server.sock')\n\
+        os.dup2(s.fileno(), 77)\n\
+        os.execv(sys.argv[1], sys.argv[1:])";
+    let criu =
+        std::env::var("HAULIER_CRIU").unwrap_or_else(|_| "/opt/haulier/criu/sbin/criu".into());
+    let root = root.to_string();
+    let dump = cast.stage.host(1).command("python3").args([
+        "-c",
+        connect,
+        &criu,
+        "dump",
+        "--stream",
+        "-D",
+        "/srv/images",
+        "-t",
+        &root,
+        "-o",
+        "dump.log",
+        "-v4",
+        "--manage-cgroups=ignore",
+        "--lazy-pages",
+        "--ps-socket",
+        "77",
+    ]);
+    let dump = dump.spawn_captured().unwrap();
+    cast.restored(restore.finish(LONG).unwrap());
+    counters.iter().for_each(Counter::goes_on);
+    cast.dumped(dump.finish(LONG).unwrap());
+    cache
+        .wait_for_output("all memory of main is in its place", LONG)
+        .unwrap();
+    counters.iter().for_each(Counter::goes_on);
+    for pid in tree {
+        assert!(!cast.stage.host(1).process_alive(pid), "{pid}");
+        assert!(cast.stage.host(2).process_alive(pid), "{pid}");
+    }
+    nothing_on_disk(&cast);
+}
+
+#[test]
+fn memory_goes_on_following_over_a_new_connection() {
+    let between = Between::new();
+    let Between {
+        cast,
+        counter,
+        cache,
+        dump,
+        ..
+    } = between;
+    for _ in 0..2 {
+        // Connections are reset, as by a firewall that lost its state.
+        let killed = cast.stage.host(1).shell("ss -K dst 10.77.0.2 dport = 7001");
+        killed.unwrap().success();
+    }
+    counter.goes_on();
+    cast.stage.lab.shape(None).unwrap();
+    cast.dumped(dump.finish(LONG).unwrap());
+    counter.goes_on();
+    assert!(!cast.stage.host(1).process_alive(counter.pid));
+    let said = cache.stderr().unwrap();
+    assert!(said.matches("sends images").count() >= 2, "{said}");
+}
+
+#[test]
+fn a_cache_that_is_killed_in_the_middle_leaves_the_frozen_source_to_a_person() {
+    let between = Between::new();
+    between.cache.process.kill(Signal::KILL).unwrap();
+    let proxy = &between.proxy;
+    proxy
+        .wait_for_output("it is not known whether main runs at its destination", LONG)
+        .unwrap();
+    let said = proxy.stderr().unwrap();
+    assert!(
+        said.contains("the connection to the image-cache was lost"),
+        "{said}"
+    );
+    between.is_left_to_a_person();
+}
+
+#[test]
+fn a_proxy_that_is_killed_in_the_middle_does_not_end_the_dump() {
+    let between = Between::new();
+    between.proxy.process.kill(Signal::KILL).unwrap();
+    let cache = &between.cache;
+    cache
+        .wait_for_output("was killed with its memory incomplete", LONG)
+        .unwrap();
+    let said = cache.stderr().unwrap();
+    assert!(
+        said.contains("the connection to the image-proxy was lost"),
+        "{said}"
+    );
+    between.is_left_to_a_person();
+}
+
+#[test]
+fn whatever_fails_before_a_restore_has_the_process_run_on() {
+    let cast = Cast::new();
+    let counter = cast.counter(16);
+    let pid = counter.pid;
+    let dumped = |cache: &Captured| {
+        let dump = cast.dump_with_vote(pid, &LEAVING).spawn_captured().unwrap();
+        cache
+            .wait_for_output("snapshot 1 of main waits", LONG)
+            .unwrap();
+        dump
+    };
+    let goes_on = |dump: Captured| {
+        assert!(!dump.finish(LONG).unwrap().status.success());
+        assert!(cast.stage.host(1).process_alive(pid));
+        assert!(!cast.stage.host(2).process_alive(pid));
+        counter.goes_on();
+    };
+    // The proxy dies.
+    let cache = lazy_cache(&cast, &["--reconnect", "1s"]);
+    let proxy = lazy_proxy(&cast, &["--reconnect", "1s"]);
+    let dump = dumped(&cache);
+    proxy.process.kill(Signal::KILL).unwrap();
+    goes_on(dump);
+    cache
+        .wait_for_output("snapshot 1 of main failed", LONG)
+        .unwrap();
+    end([cache, proxy]);
+
+    // The cache dies.
+    let cache = lazy_cache(&cast, &["--reconnect", "1s"]);
+    let proxy = lazy_proxy(&cast, &["--reconnect", "1s"]);
+    let dump = dumped(&cache);
+    cache.process.kill(Signal::KILL).unwrap();
+    goes_on(dump);
+    let said = proxy.stderr().unwrap();
+    assert!(said.contains("main runs on here"), "{said}");
+    end([cache, proxy]);
+
+    // Its number is taken at the destination.
+    let cache = lazy_cache(&cast, &[]);
+    let proxy = lazy_proxy(&cast, &[]);
+    let dump = dumped(&cache);
+    let taken = cast.stage.host(2).command("sleep").args(["1000"]).pid(pid);
+    let taken = taken.spawn().unwrap();
+    assert!(!lazy_restore(&cast).output(LONG).unwrap().status.success());
+    taken.kill(Signal::KILL).unwrap();
+    eventually("its number is free", || {
+        cast.stage.host(2).process(pid).is_none()
+    });
+    goes_on(dump);
+    let said = proxy.stderr().unwrap();
+    assert!(said.contains("the restore failed"), "{said}");
+    end([cache, proxy]);
+
+    // The restore does not know that memory is missing.
+    let cache = lazy_cache(&cast, &[]);
+    let proxy = lazy_proxy(&cast, &[]);
+    let dump = dumped(&cache);
+    let restore = cast.restore("/srv/images", &[]).output(LONG).unwrap();
+    assert!(!restore.status.success());
+    cache
+        .wait_for_output("criu restore needs --lazy-pages", LONG)
+        .unwrap();
+    goes_on(dump);
+    end([cache, proxy]);
+
+    // Nobody wants it.
+    let cache = lazy_cache(&cast, &[]);
+    let proxy = lazy_proxy(&cast, &[]);
+    let dump = dumped(&cache);
+    let drop_it = cast.stage.haulier(2).args(["image-cache", "drop", "1"]);
+    let drop_it = drop_it.args(["--dir", "/srv/images"]);
+    drop_it.output(LONG).unwrap().success();
+    goes_on(dump);
+    end([cache, proxy]);
+}
+
+#[test]
+fn memory_is_left_behind_only_if_both_sides_were_told() {
+    let cast = Cast::new();
+    let counter = cast.counter(16);
+    let fails = || {
+        let dump = cast.dump_with_vote(counter.pid, &LEAVING).output(LONG);
+        assert!(!dump.unwrap().status.success());
+        assert!(cast.stage.host(1).process_alive(counter.pid));
+        counter.goes_on();
+    };
+    let cache = cast.cache(&[]);
+    let proxy = lazy_proxy(&cast, &[]);
+    fails();
+    let said = proxy.stderr().unwrap();
+    let plain = "this image-cache runs without --lazy-pages";
+    assert!(said.contains(plain), "{said}");
+    end([cache, proxy]);
+
+    let _cache = lazy_cache(&cast, &[]);
+    let proxy = cast.proxy(&[]);
+    proxy
+        .wait_for_output("connected to the image-cache", LONG)
+        .unwrap();
+    fails();
+    let said = proxy.stderr().unwrap();
+    let plain = "the image-proxy runs without --lazy-pages";
+    assert!(said.contains(plain), "{said}");
 }
