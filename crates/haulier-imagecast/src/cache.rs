@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use haulier_images::name::ImageName;
 use haulier_sys::wait::{Cancel, Wait};
@@ -24,6 +24,9 @@ use crate::store::{Pool, Store, StoreError};
 
 /// How long a cache that connects waits before it tries again.
 const RETRY: Duration = Duration::from_millis(300);
+
+/// How long restores that lack pages may take to end with the cache.
+const ENDING: Duration = Duration::from_secs(15);
 
 /// What a cache is to do.
 #[derive(Debug)]
@@ -94,11 +97,13 @@ pub fn run(
     let names = options.targets.iter().map(|(name, _)| name.clone());
     let store = Arc::new(Store::new(pool, names, options.keep));
     let mut fronts = Vec::new();
+    let following = Arc::new(());
     for (target, directory) in &options.targets {
         let daemon = Daemon {
             store: Arc::clone(&store),
             guard: options.lazy_pages.as_ref().and_then(|lazy| lazy.guard),
             stop: stop.clone(),
+            _active: Arc::clone(&following),
         };
         fronts.push(Front::new(daemon, target.clone(), directory)?);
     }
@@ -112,7 +117,7 @@ pub fn run(
     );
     let sessions = &sessions;
     ready(connector.listens_on().as_deref());
-    thread::scope(|scope| {
+    let result = thread::scope(|scope| {
         for mut front in fronts {
             let stop = stop.clone();
             spawn(scope, "front", move || {
@@ -135,7 +140,13 @@ pub fn run(
             stop.cancel();
         }
         links
-    })
+    });
+    // Restores that lack pages are ended, and that is said.
+    let deadline = Instant::now() + ENDING;
+    while Arc::strong_count(&following) > 1 && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(10));
+    }
+    result
 }
 
 /// Takes connections until stopped.

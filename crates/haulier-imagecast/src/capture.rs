@@ -14,8 +14,8 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::desk::{Desk, DumpFailed, Ticket};
-use crate::inventory;
 use crate::fetch::Fetcher;
+use crate::inventory;
 use crate::outbox::Item;
 use crate::store::INVENTORY;
 use crate::stream::{Connection, Incoming, StreamError};
@@ -349,7 +349,9 @@ impl Taking {
             Form::Inventory(_, seen) if inventory::is_of_pre_dump(&seen) => {
                 return Err(CaptureError::PreDump);
             }
-            Form::Plain(hasher) | Form::Inventory(hasher, _) | Form::Pagemap(hasher, ..) => *hasher.finalize().as_bytes(),
+            Form::Plain(hasher) | Form::Inventory(hasher, _) | Form::Pagemap(hasher, ..) => {
+                *hasher.finalize().as_bytes()
+            }
             Form::Pages(hasher, rest) if rest.is_empty() => hasher.finalize(),
             Form::Pages(..) => {
                 let what = format!("{} is not made of whole pages", self.name);

@@ -317,7 +317,7 @@ impl Desk {
     }
 
     /// A page that it has.
-    pub(crate) fn first_left(&self, dump: u64) -> Option<(u32, u64)> {
+    pub(crate) fn first_left(&self, dump: u64) -> Option<(u32, PageRange)> {
         self.with_left(dump, |left| left.first()).flatten()
     }
 

@@ -20,6 +20,8 @@ use crate::keeper::{self, Keeper};
 use crate::left::Errand;
 use crate::pages::LazyPages;
 
+/// Pages of a frame.
+const FRAME_PAGES: u64 = 16;
 /// How often it is looked whether the page server listens.
 const RETRY: Duration = Duration::from_millis(20);
 /// How long CRIU may take to become a page server: its user's scripts come before.
@@ -66,6 +68,8 @@ pub(crate) struct Fetcher {
     pub(crate) servers: Servers,
     pub(crate) keeper: Option<fn() -> io::Result<Command>>,
     pub(crate) stop: Cancel,
+    /// Lives as long as somebody fetches.
+    pub(crate) _active: Arc<()>,
 }
 
 impl Fetcher {
@@ -198,9 +202,11 @@ impl Fetcher {
         let desk = &self.desk;
         let mut server = PageServer::new(socket, desk.is_wide(dump))?;
         let mut buffer = vec![0; crate::left::CHUNK as usize * PAGE];
-        if let Some((task, page)) = desk.first_left(dump) {
+        let mut first = desk.first_left(dump);
+        if let Some((task, range)) = &first {
             // That it answers proves that CRIU is beyond its scripts.
-            server.get(task, page, &mut buffer[..PAGE], &self.stop.wait(PATIENCE))?;
+            let wait = self.stop.wait(PATIENCE);
+            server.get(*task, range.start, &mut buffer[..PAGE], &wait)?;
         }
         desk.serves(dump);
         loop {
@@ -222,6 +228,9 @@ impl Fetcher {
                         }
                     }
                     desk.go(dump);
+                    if let Some((task, range)) = first.take() {
+                        self.send(dump, task, range, &buffer[..PAGE], false);
+                    }
                 }
                 Some(Errand::Get(task, range, urgent)) => {
                     let bytes = range.pages as usize * PAGE;
@@ -257,16 +266,22 @@ impl Fetcher {
         }
     }
 
+    /// Sends pages, in frames that a page which is waited for need not wait long for.
     fn send(&self, dump: u64, task: u32, range: PageRange, contents: &[u8], urgent: bool) {
-        let zero = contents.iter().all(|byte| *byte == 0);
-        let pages = LazyPages {
-            snapshot: dump,
-            task,
-            range,
-            zero,
-        };
-        let contents = if zero { &[] } else { contents };
-        self.desk.send_pages(&pages, contents.to_vec(), urgent);
+        let mut rest = range;
+        for contents in contents.chunks(FRAME_PAGES as usize * PAGE) {
+            let (range, behind) = rest.split(FRAME_PAGES);
+            let zero = contents.iter().all(|byte| *byte == 0);
+            let pages = LazyPages {
+                snapshot: dump,
+                task,
+                range,
+                zero,
+            };
+            let contents = if zero { &[] } else { contents };
+            self.desk.send_pages(&pages, contents.to_vec(), urgent);
+            rest = behind;
+        }
     }
 
     /// The proxy ends, and what is left undone is the keeper's.

@@ -259,7 +259,10 @@ fn listing(store: &Store, target: &ImageName) -> Listing {
             state: match info.state {
                 State::Arriving => "arriving".to_owned(),
                 State::Held => "held".to_owned(),
-                State::Released => "released".to_owned(),
+                State::Released => match store.left(&info.key) {
+                    None => "released".to_owned(),
+                    Some(lazy) => format!("released, {}", lazy.describe()),
+                },
                 State::Failed(why) => format!("failed: {why}"),
             },
             images: info.images as u64,

@@ -21,6 +21,8 @@ use crate::store::{End, Image, Key, Piece, State, Store, StoreError};
 
 /// Most snapshots of a session that are not settled.
 const MOST_SNAPSHOTS: usize = 1024;
+/// Snapshots with memory left behind that are remembered, those that are over included.
+const MOST_LAZY: usize = 64;
 /// Most images of a session that are under way.
 const MOST_OPEN: usize = 8192;
 /// What an image under way counts for beside its contents: the state of its hash.
@@ -421,7 +423,13 @@ impl Intake {
 
     /// Pages of a snapshot stay with its dump.
     fn left(&mut self, left: &Left) -> Result<(), Trouble> {
-        self.lazies.retain(|_, lazy| !lazy.is_over());
+        if self.lazies.len() >= MOST_LAZY {
+            // What those said was heard long ago.
+            self.lazies.retain(|_, lazy| !lazy.is_over());
+        }
+        if self.lazies.len() >= MOST_SNAPSHOTS {
+            return Err(violation("too many snapshots with memory left behind"));
+        }
         let allowed = self.lazy;
         let snapshot = self.unfinished(left.snapshot)?;
         if snapshot.said.is_some() {

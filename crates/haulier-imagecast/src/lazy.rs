@@ -168,7 +168,20 @@ impl Lazy {
 
     /// Whether nothing will change any more.
     pub(crate) fn is_over(&self) -> bool {
-        matches!(self.state().phase, Phase::Lost(_))
+        matches!(
+            self.state().phase,
+            Phase::Placed | Phase::GaveUp(..) | Phase::Lost(_)
+        )
+    }
+
+    /// How its memory stands, for people.
+    pub(crate) fn describe(&self) -> &'static str {
+        match self.state().phase {
+            Phase::Idle | Phase::Wanted => "memory at its source",
+            Phase::Going | Phase::Restored => "restored, memory follows",
+            Phase::Placed => "restored",
+            Phase::GaveUp(..) | Phase::Lost(_) => "memory lost",
+        }
     }
 
     /// What the proxy may not have heard.
@@ -319,6 +332,8 @@ pub(crate) struct Daemon {
     /// The program that calls [`haulier_memory::lazy::guard::run_for_tasks`].
     pub(crate) guard: Option<fn() -> io::Result<Command>>,
     pub(crate) stop: Cancel,
+    /// Lives as long as a restore is followed.
+    pub(crate) _active: Arc<()>,
 }
 
 /// A restore that has begun. To be dropped when CRIU has closed its connection for images.

@@ -171,9 +171,9 @@ impl LeftBehind {
     }
 
     /// A page by which the page server can show that it answers.
-    pub(crate) fn first(&self) -> Option<(u32, u64)> {
+    pub(crate) fn first(&self) -> Option<(u32, PageRange)> {
         let all = self.todo.iter();
-        all.filter_map(|(task, set)| Some((*task, set.iter().next()?.start)))
+        all.filter_map(|(task, set)| Some((*task, set.iter().next()?.split(1).0)))
             .next()
     }
 

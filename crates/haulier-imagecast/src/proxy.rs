@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use haulier_images::name::ImageName;
 use haulier_sys::tcp;
@@ -122,6 +122,7 @@ pub fn run(
         stop.clone(),
     ));
     let mut doors = Vec::new();
+    let fetching = Arc::new(());
     for (target, directory) in &options.targets {
         let mut door = Door {
             desk: Arc::clone(&desk),
@@ -146,13 +147,14 @@ pub fn run(
                 servers,
                 keeper: lazy.keeper,
                 stop: stop.clone(),
+                _active: Arc::clone(&fetching),
             });
         }
         doors.push(door);
     }
     let mut connector = Connector::new(options.way)?;
     ready(connector.listens_on().as_deref());
-    thread::scope(|scope| {
+    let result = thread::scope(|scope| {
         let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
             thread::Builder::new()
                 .name(name.to_owned())
@@ -191,7 +193,13 @@ pub fn run(
             stop.cancel();
         }
         result
-    })
+    });
+    // Those who fetch decide how their dumps end, and say so.
+    let deadline = Instant::now() + GOODBYE;
+    while Arc::strong_count(&fetching) > 1 && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(10));
+    }
+    result
 }
 
 /// Asks the proxy that serves `directory` about the newest dump there, and waits: until the cache

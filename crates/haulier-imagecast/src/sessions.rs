@@ -155,8 +155,12 @@ impl Sessions {
         let (id, slot, turn) = greeted?;
         let peer = channel.peer().to_owned();
         let ended = take_in(&slot, turn, &mut channel, stop);
-        if slot.turn.load(Ordering::SeqCst) == turn {
-            *slot.outgoing.channel() = None;
+        {
+            // Under its lock: a newer connection may come in any moment.
+            let mut outgoing = slot.outgoing.channel();
+            if slot.turn.load(Ordering::SeqCst) == turn {
+                *outgoing = None;
+            }
         }
         let mut state = slot.state();
         if slot.turn.load(Ordering::SeqCst) != turn {

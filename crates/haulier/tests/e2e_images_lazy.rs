@@ -84,7 +84,7 @@ impl Between {
     }
 
     /// It is gone from host 2, and stands on host 1 until a person has it run on.
-    fn is_left_to_a_person(self) {
+    fn left_to_a_person(self) {
         let host = |number| self.cast.stage.host(number);
         let pid = self.counter.pid;
         eventually("nothing of it runs without its memory", || {
@@ -229,7 +229,7 @@ fn a_cache_that_is_killed_in_the_middle_leaves_the_frozen_source_to_a_person() {
         said.contains("the connection to the image-cache was lost"),
         "{said}"
     );
-    between.is_left_to_a_person();
+    between.left_to_a_person();
 }
 
 #[test]
@@ -245,7 +245,7 @@ fn a_proxy_that_is_killed_in_the_middle_does_not_end_the_dump() {
         said.contains("the connection to the image-proxy was lost"),
         "{said}"
     );
-    between.is_left_to_a_person();
+    between.left_to_a_person();
 }
 
 #[test]
