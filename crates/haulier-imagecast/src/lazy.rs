@@ -529,8 +529,11 @@ impl Follower {
 
     fn report(&self, stats: &FillStats) {
         tracing::info!(
-            "all memory of {} is in its place: {stats:?}",
-            self.lazy.key.target
+            "all memory of {} is in its place: {} pages, {} of them waited for, {} us at most",
+            self.lazy.key.target,
+            stats.copied,
+            stats.remote_faults,
+            stats.remote_latency.longest_us
         );
     }
 }
