@@ -13,6 +13,8 @@
 //! The page server that CRIU would serve lazy pages with never carries a page: its socket is one
 //! end of a pair of ours, and only how the end of the dump is told. CRIU takes the end of file on
 //! it as success, and an unknown command as failure (seen with 4.1.1 and 4.2.1).
+//!
+//! Nor needs CRIU look at the pages that are not to be in its images: see [`crate::veil`].
 
 use std::fs;
 use std::io;
@@ -27,6 +29,7 @@ use crate::failure::CriuFailure;
 use crate::find::Criu;
 use crate::messages::{CGROUPS_IGNORE, Kind, NETWORK_LOCK_SKIP, Options, Request, Response};
 use crate::swrk::{FIRST_INHERITED_FD, RpcError, Swrk};
+use crate::veil::Veil;
 
 /// Name of the log in the image directory.
 pub const LOG: &str = "dump.log";
@@ -47,6 +50,8 @@ pub struct DumpOptions {
     pub shell_job: bool,
     /// Seconds that its tasks may take to freeze.
     pub freeze_seconds: u32,
+    /// Whether memory will be hidden from CRIU, see [`Frozen::hide`].
+    pub veil: bool,
 }
 
 /// The dump did not even begin, or failed.
@@ -91,6 +96,8 @@ struct Running {
     swrk: Swrk,
     page_socket: OwnedFd,
     log: PathBuf,
+    /// Behind the process it answers, which it has to outlive.
+    veil: Option<Veil>,
 }
 
 /// Starts a CRIU and sends it the request for a dump. Does not wait.
@@ -112,7 +119,18 @@ pub fn start(criu: &Criu, options: &DumpOptions) -> Result<Starting, DumpError> 
     fs::write(&config, format!("ps-socket {FIRST_INHERITED_FD}\n"))
         .map_err(setup("configuration file"))?;
     let log = options.directory.join(LOG);
-    let mut swrk = Swrk::start(criu.path(), vec![theirs]).map_err(DumpError::Start)?;
+    let (mut swrk, veil) = match options.veil {
+        true => {
+            let started = Swrk::start_held(criu.path(), vec![theirs]);
+            let (swrk, listener) = started.map_err(DumpError::Start)?;
+            let veil = listener.map(Veil::new).transpose();
+            (swrk, veil.map_err(setup("thread"))?)
+        }
+        false => {
+            let started = Swrk::start(criu.path(), vec![theirs]);
+            (started.map_err(DumpError::Start)?, None)
+        }
+    };
     let request = Request {
         kind: Kind::Dump as i32,
         options: Some(rpc_options(options, &config)),
@@ -124,6 +142,7 @@ pub fn start(criu: &Criu, options: &DumpOptions) -> Result<Starting, DumpError> 
         swrk,
         page_socket: ours,
         log,
+        veil,
     }))
 }
 
@@ -149,6 +168,11 @@ impl Ready {
     /// happened to the tasks.
     pub fn is_alive(&mut self) -> bool {
         self.0.swrk.is_alive()
+    }
+
+    /// Whether memory can be hidden from this CRIU, see [`Frozen::hide`].
+    pub fn can_hide(&self) -> bool {
+        self.0.veil.is_some()
     }
 
     /// Stops the tasks.
@@ -179,6 +203,22 @@ impl Frozen {
     /// The CRIU process that holds the tasks.
     pub fn criu_pid(&self) -> i32 {
         self.0.swrk.pid()
+    }
+
+    /// Whether memory can be hidden from this CRIU.
+    pub fn can_hide(&self) -> bool {
+        self.0.veil.is_some()
+    }
+
+    /// Has CRIU find nothing in these pages of a task, given as first address and the one after the
+    /// last, ascending and disjoint. They must be of mappings that CRIU would dump lazily; what is
+    /// in them is to be named to [`crate::pagemap::add_lazy`] afterwards.
+    ///
+    /// Where CRIU or the kernel does not go along ([`Frozen::can_hide`]), CRIU finds them itself.
+    pub fn hide(&self, pid: i32, ranges: Vec<(u64, u64)>) {
+        if let Some(veil) = &self.0.veil {
+            veil.hide(pid, ranges);
+        }
     }
 
     /// Lets CRIU write the images; returns when they are complete.
@@ -212,6 +252,7 @@ impl Captured {
             mut swrk,
             page_socket,
             log,
+            veil: _veil,
         } = self.0;
         let failed = |error| CriuFailure::from_rpc(FAILED, error, &log);
         swrk.answer(true).map_err(failed)?;
@@ -229,6 +270,7 @@ impl Captured {
             mut swrk,
             page_socket,
             log,
+            veil: _veil,
         } = self.0;
         let failed = |error| CriuFailure::from_rpc(FAILED, error, &log);
         swrk.answer(false).map_err(failed)?;

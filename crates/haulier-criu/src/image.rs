@@ -34,6 +34,12 @@ impl ImageKind {
             ImageKind::Mm => 0x5749_2820,
         }
     }
+
+    /// The first bytes of such a file.
+    pub(crate) fn header(self) -> Vec<u8> {
+        let words = [COMMON, self.magic()];
+        words.into_iter().flat_map(u32::to_le_bytes).collect()
+    }
 }
 
 /// An image that cannot be used.
@@ -42,6 +48,15 @@ pub enum ImageError {
     /// The file cannot be read.
     #[error("cannot read the image {path}")]
     Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The file cannot be written.
+    #[error("cannot write the image {path}")]
+    Write {
         /// The file.
         path: PathBuf,
         /// The system's reason.
@@ -107,6 +122,16 @@ impl PagemapEntry {
     const LAZY: u32 = 2;
     const PRESENT: u32 = 4;
 
+    /// A run of pages that are left to the lazy-pages daemon, as every version reads it.
+    pub fn lazy(address: u64, pages: u64) -> PagemapEntry {
+        PagemapEntry {
+            address,
+            compat_pages: pages.try_into().unwrap_or(u32::MAX),
+            flags: Some(Self::LAZY),
+            pages: Some(pages),
+        }
+    }
+
     /// Number of pages, whichever version wrote it.
     pub fn page_count(&self) -> u64 {
         self.pages.unwrap_or_else(|| self.compat_pages.into())
@@ -141,6 +166,40 @@ pub struct Mapping {
     /// Address after the last.
     #[prost(uint64, required, tag = "2")]
     pub end: u64,
+    /// As of mmap(2).
+    #[prost(uint32, required, tag = "6")]
+    pub flags: u32,
+    /// What it is to CRIU.
+    #[prost(uint32, required, tag = "7")]
+    pub status: u32,
+}
+
+impl Mapping {
+    const PRIVATE: u32 = 0x2;
+    const ANONYMOUS: u32 = 0x20;
+    const LOCKED: u32 = 0x2000;
+    const HUGE_PAGES: u32 = 0x4_0000;
+    /// Parts of the vDSO and the like.
+    const SPECIAL: u32 = (1 << 2) | (1 << 3) | (1 << 12);
+    const DROPPABLE: u32 = 0x8;
+    const GUARD: u32 = 1 << 16;
+
+    /// Whether CRIU leaves its pages to the lazy-pages daemon when it is told to.
+    pub fn can_be_lazy(&self) -> bool {
+        let wanted = Self::PRIVATE | Self::ANONYMOUS;
+        let unwanted = Self::LOCKED | Self::HUGE_PAGES;
+        self.flags & (wanted | unwanted) == wanted && self.status & Self::SPECIAL == 0
+    }
+
+    /// Whether the kernel may drop its pages at any time, so that they are not dumped.
+    pub fn is_droppable(&self) -> bool {
+        self.flags & Self::DROPPABLE != 0
+    }
+
+    /// Whether it is no mapping, but pages inside of one that are not to be touched.
+    pub fn is_guard(&self) -> bool {
+        self.status & Self::GUARD != 0
+    }
 }
 
 /// An image file in memory.

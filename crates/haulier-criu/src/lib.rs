@@ -11,9 +11,11 @@ pub mod lazy_socket;
 pub mod log;
 pub mod messages;
 pub mod page_server;
+pub mod pagemap;
 pub mod restore;
 pub mod skeleton;
 mod swrk;
+mod veil;
 
 pub use failure::CriuFailure;
 pub use find::Criu;

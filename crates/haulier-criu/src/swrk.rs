@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use command_fds::{CommandFdExt, FdMapping};
+use haulier_sys::seccomp::{Listener, hold_scans};
 use haulier_sys::session::in_new_session;
 use haulier_sys::wait::{Wait, WaitError};
 use prost::Message;
@@ -78,6 +79,23 @@ pub(crate) struct Swrk {
 impl Swrk {
     /// Starts the CRIU `program` with `inherited` as its descriptors from [`FIRST_INHERITED_FD`] on.
     pub(crate) fn start(program: &Path, inherited: Vec<OwnedFd>) -> Result<Swrk, RpcError> {
+        Ok(Swrk::launch(program, inherited, false)?.0)
+    }
+
+    /// As [`Swrk::start`], with its requests for lists of pages held for an answer, where the
+    /// kernel permits that.
+    pub(crate) fn start_held(
+        program: &Path,
+        inherited: Vec<OwnedFd>,
+    ) -> Result<(Swrk, Option<Listener>), RpcError> {
+        Swrk::launch(program, inherited, true)
+    }
+
+    fn launch(
+        program: &Path,
+        inherited: Vec<OwnedFd>,
+        hold: bool,
+    ) -> Result<(Swrk, Option<Listener>), RpcError> {
         let flags = SocketFlags::CLOEXEC;
         let (ours, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
@@ -108,14 +126,19 @@ impl Swrk {
         command
             .fd_mappings(mappings)
             .map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
+        let arming = match hold {
+            true => Some(hold_scans(&mut command).map_err(failed)?),
+            false => None,
+        };
         let child = command.spawn().map_err(failed)?;
         // The command holds this process's copies of CRIU's descriptors: with them open, the end
         // of CRIU would not be seen.
         drop(command);
-        Ok(Swrk {
+        let swrk = Swrk {
             child,
             socket: Some(ours),
-        })
+        };
+        Ok((swrk, arming.and_then(|arming| arming.listener())))
     }
 
     /// The CRIU process.

@@ -6,9 +6,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use haulier_criu::dump::{self, DumpOptions, Frozen, Ready};
-use haulier_criu::skeleton::Skeleton;
-use haulier_criu::{Criu, CriuFailure, find};
+use haulier_criu::skeleton::{LazyRange, PAGE, Skeleton};
+use haulier_criu::{Criu, CriuFailure, find, pagemap};
 use haulier_sys::namespaces::close_on_exec_from;
+use haulier_sys::pagemap::category::{PFNZERO, PRESENT, SWAPPED};
+use haulier_sys::pagemap::{Pagemap, Query};
 use haulier_sys::session::in_new_session;
 use haulier_sys::wait::Wait;
 use rustix::process::{Pid, Signal, kill_process};
@@ -47,6 +49,7 @@ fn options(pid: i32, directory: &tempfile::TempDir) -> DumpOptions {
         directory: directory.path().to_owned(),
         shell_job: false,
         freeze_seconds: 10,
+        veil: false,
     }
 }
 
@@ -120,6 +123,98 @@ fn dropping_a_hold_or_losing_criu_lets_the_process_go_on() {
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
     let frozen = freeze(&criu, pid, &directory).unwrap();
     frozen.capture(&soon()).unwrap().kill_criu();
+    assert_sleeps(pid);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// The private anonymous mappings of a process, the kernel's own aside.
+fn private(pid: i32) -> Vec<(u64, u64)> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let is_private = |line: &&str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let name = fields.get(5).copied().unwrap_or_default();
+        fields[1].ends_with('p') && fields[4] == "0" && !name.starts_with("[v")
+    };
+    let hex = |text: &str| u64::from_str_radix(text, 16).unwrap();
+    maps.lines()
+        .filter(is_private)
+        .map(|line| line.split_whitespace().next().unwrap())
+        .map(|range| range.split_once('-').unwrap())
+        .map(|(start, end)| (hex(start), hex(end)))
+        .collect()
+}
+
+/// The pages of a process in these ranges that have contents.
+fn populated(pid: i32, ranges: &[(u64, u64)]) -> Vec<LazyRange> {
+    let mut pagemap = Pagemap::open(pid).unwrap();
+    let query = Query {
+        any: PRESENT | SWAPPED,
+        none: PFNZERO,
+        ..Query::default()
+    };
+    let mut found = Vec::new();
+    for (start, end) in ranges {
+        let add = |pages: std::ops::Range<u64>| {
+            found.push(LazyRange {
+                start: pages.start,
+                pages: (pages.end - pages.start) / PAGE,
+            });
+        };
+        pagemap.scan(*start..*end, query, add).unwrap();
+    }
+    found
+}
+
+/// Runs of pages, those side by side joined.
+fn joined(runs: &[LazyRange]) -> Vec<(u64, u64)> {
+    let mut joined: Vec<(u64, u64)> = Vec::new();
+    for run in runs {
+        let end = run.start + run.pages * PAGE;
+        match joined.last_mut() {
+            Some(last) if last.1 == run.start => last.1 = end,
+            _ => joined.push((run.start, end)),
+        }
+    }
+    joined
+}
+
+#[test]
+fn memory_that_is_hidden_is_not_dumped_and_can_be_listed_all_the_same() {
+    let Some(criu) = criu() else { return };
+    let mut child = sleeper();
+    let pid = child.id() as i32;
+    let veiled = |hide: bool| {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let options = DumpOptions {
+            veil: true,
+            ..options(pid, &directory)
+        };
+        let starting = dump::start(&criu, &options).unwrap();
+        let ready = starting.ready(&soon()).unwrap();
+        assert!(ready.can_hide(), "no user notification of seccomp here");
+        let frozen = ready.freeze(&soon()).unwrap();
+        let ranges = private(pid);
+        if hide {
+            frozen.hide(pid, ranges.clone());
+        }
+        let captured = frozen.capture(&soon()).unwrap();
+        let before = Skeleton::read(directory.path()).unwrap();
+        let found = populated(pid, &ranges);
+        pagemap::add_lazy(directory.path(), pid as u32, &found).unwrap();
+        let after = Skeleton::read(directory.path()).unwrap();
+        captured.abandon(&soon()).unwrap();
+        (before, after)
+    };
+
+    let (shown, also) = veiled(false);
+    assert_eq!(also, shown, "what is listed is not listed twice");
+    let (hidden, completed) = veiled(true);
+    assert_eq!(hidden.lazy_pages(), 0, "{hidden:?}");
+    assert_eq!(
+        joined(&completed.tasks[0].lazy),
+        joined(&shown.tasks[0].lazy)
+    );
     assert_sleeps(pid);
     child.kill().unwrap();
     child.wait().unwrap();

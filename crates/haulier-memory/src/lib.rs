@@ -10,6 +10,7 @@ pub mod ledger;
 pub mod mappings;
 pub mod page;
 pub mod post;
+pub mod present;
 pub mod ranges;
 pub mod reader;
 pub mod shared;

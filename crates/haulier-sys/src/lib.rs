@@ -10,6 +10,7 @@ pub mod pidfd;
 pub mod priority;
 pub mod process_memory;
 pub mod remote;
+pub mod seccomp;
 pub mod seclusion;
 pub mod session;
 pub mod socket;

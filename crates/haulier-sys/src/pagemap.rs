@@ -21,10 +21,14 @@ pub mod category {
     pub const PRESENT: u64 = 1 << 3;
     /// In swap.
     pub const SWAPPED: u64 = 1 << 4;
+    /// Of a file or of shared memory. To ask for it costs a look at every page itself.
+    pub const FILE: u64 = 1 << 2;
     /// The kernel's page of zeros.
     pub const PFNZERO: u64 = 1 << 5;
     /// Written since the soft-dirty bits were cleared (Linux 6.8).
     pub const SOFT_DIRTY: u64 = 1 << 7;
+    /// Not to be touched: a marker of `MADV_GUARD_INSTALL` (Linux 6.15).
+    pub const GUARD: u64 = 1 << 8;
 }
 
 /// Bits of an entry ([`Pagemap::entries`]).
@@ -60,31 +64,36 @@ pub struct Query {
     pub registered: bool,
 }
 
+/// Pages of the same categories, side by side.
 #[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-struct Region {
-    start: u64,
-    end: u64,
-    categories: u64,
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Region {
+    /// Address of the first.
+    pub start: u64,
+    /// Address after the last.
+    pub end: u64,
+    /// Their categories, of those that were asked for.
+    pub categories: u64,
 }
 
 #[repr(C)]
-struct ScanArg {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
+#[derive(Debug)]
+pub(crate) struct ScanArg {
+    pub(crate) size: u64,
+    pub(crate) flags: u64,
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) walk_end: u64,
+    pub(crate) vec: u64,
+    pub(crate) vec_len: u64,
+    pub(crate) max_pages: u64,
+    pub(crate) category_inverted: u64,
+    pub(crate) category_mask: u64,
+    pub(crate) category_anyof_mask: u64,
+    pub(crate) return_mask: u64,
 }
 
-const PAGEMAP_SCAN: Opcode = opcode::read_write::<ScanArg>(b'f', 16);
+pub(crate) const PAGEMAP_SCAN: Opcode = opcode::read_write::<ScanArg>(b'f', 16);
 
 /// The open pagemap of one address space; it does not follow the process through an exec.
 #[derive(Debug)]
@@ -175,6 +184,15 @@ impl Pagemap {
             arg.start = arg.walk_end;
         }
         Ok(())
+    }
+
+    /// Whether the kernel has [`category::GUARD`]; it refuses to be asked for what it does not know.
+    pub fn knows_guards(&mut self) -> bool {
+        let query = Query {
+            all: category::GUARD,
+            ..Query::default()
+        };
+        self.scan(0..PAGE, query, |_| ()).is_ok()
     }
 
     /// Reads the [`entry`] of every page from `address` on, as many as `entries` takes; returns how

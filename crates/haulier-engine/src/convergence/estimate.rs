@@ -30,6 +30,13 @@ impl Default for FixedCost {
 }
 
 impl FixedCost {
+    /// If CRIU is not shown the pages of a target: it looks at its page tables once still, for the
+    /// properties of its mappings.
+    pub const VEILED: FixedCost = FixedCost {
+        base: Duration::from_millis(50),
+        per_gib: Duration::from_millis(30),
+    };
+
     /// For a target with so many bytes of memory.
     pub fn of(&self, memory: u64) -> Duration {
         let gib = memory as f64 / f64::from(1_u32 << 30);

@@ -375,6 +375,7 @@ fn the_fixed_cost_grows_with_memory() {
     assert_eq!(cost.of(0), 80 * MS);
     assert_eq!(cost.of(4 << 30), 320 * MS);
     assert_eq!(cost.of(512 << 20), 110 * MS);
+    assert!(FixedCost::VEILED.of(1 << 30) < FixedCost::default().of(1 << 30));
 }
 
 #[test]

@@ -12,6 +12,7 @@ mod rounds;
 mod settle;
 mod switchover;
 mod target;
+mod veil;
 
 use std::time::{Duration, Instant};
 

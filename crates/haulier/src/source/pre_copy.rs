@@ -1,9 +1,10 @@
 //! The rounds, until the stop rule says how they end.
 
-use haulier_engine::convergence::{self, Decision, Mode};
+use haulier_engine::convergence::{self, Decision, FixedCost, Mode};
 use haulier_engine::phase::Phase;
 
 use super::rounds::Rounds;
+use super::target::Target;
 use super::{Migration, Setback};
 use crate::failure::Failure;
 
@@ -15,10 +16,15 @@ impl Migration<'_> {
             .plan
             .tracker
             .filter(|_| matches!(mode, Mode::PreCopy | Mode::Hybrid));
-        let memory = self.plan.memory_bytes;
+        let veiled = self.target.as_ref().is_some_and(Target::is_veiled);
+        let fixed = match veiled {
+            true => FixedCost::VEILED,
+            false => FixedCost::default(),
+        };
+        let fixed = fixed.of(self.plan.memory_bytes);
         self.report.mode = mode;
         self.report.tracker = tracker.map(|tracker| tracker.to_string());
-        self.rounds = Some(Rounds::new(self.plan.tree.root(), tracker, memory));
+        self.rounds = Some(Rounds::new(self.plan.tree.root(), tracker, fixed));
         if tracker.is_some() {
             self.timeline.enter(Phase::PreCopy);
         }

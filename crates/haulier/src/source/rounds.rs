@@ -4,7 +4,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use haulier_engine::convergence::{FixedCost, Measurements, Round};
+use haulier_engine::convergence::{Measurements, Round};
 use haulier_images::sender::AheadStats;
 use haulier_memory::ledger::Ledger;
 use haulier_memory::page::PageRange;
@@ -45,8 +45,9 @@ pub(super) struct Rounds {
 }
 
 impl Rounds {
-    /// Of a tree with so much private memory; without a tracker there will be none.
-    pub(super) fn new(root: i32, kind: Option<TrackerKind>, memory_bytes: u64) -> Rounds {
+    /// Of a tree whose switchover takes so long, beside the sending of pages; without a tracker
+    /// there will be none.
+    pub(super) fn new(root: i32, kind: Option<TrackerKind>, fixed: Duration) -> Rounds {
         Rounds {
             root,
             tracker: kind.map(Tracker::new),
@@ -56,7 +57,7 @@ impl Rounds {
             looked: Instant::now(),
             begun: Instant::now(),
             measured: Measurements {
-                fixed: FixedCost::default().of(memory_bytes),
+                fixed,
                 ..Measurements::default()
             },
             throttle: 0,

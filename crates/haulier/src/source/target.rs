@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::path::Path;
+use std::thread;
 
 use haulier_criu::dump::{self, Captured, DumpOptions, Frozen, Ready, Starting};
 use haulier_criu::skeleton::Skeleton;
@@ -20,6 +21,7 @@ use crate::journal::{Holding, Journal};
 use crate::recovery;
 use crate::source::forwarding::Forwarding;
 use crate::source::plan::Plan;
+use crate::source::veil::{self, Veiled};
 
 /// Most rounds of looking for tasks that were forked while their parents were confined.
 const CONFINE_ROUNDS: usize = 100;
@@ -35,6 +37,8 @@ pub(crate) enum TargetError {
     CriuLost,
     #[error("process {pid} is another migration's: {claim:?}")]
     Claimed { pid: i32, claim: Claim },
+    #[error("the look at its pages panicked")]
+    LookPanicked,
     #[error("the image directory cannot be had")]
     Directory(#[source] std::io::Error),
 }
@@ -53,6 +57,7 @@ pub(crate) struct Target {
     forwarded: u64,
     throttle: Option<Throttle>,
     dump: Dump,
+    veiled: bool,
     over: bool,
 }
 
@@ -90,6 +95,7 @@ impl Target {
             forwarded: 0,
             throttle: None,
             dump: Dump::Starting(starting),
+            veiled: false,
             over: false,
         };
         target.confine(plan, journal)?;
@@ -100,8 +106,14 @@ impl Target {
     /// long as the rounds take, to be told.
     pub(crate) fn get_ready(&mut self, plan: &Plan, wait: &Wait) -> Result<(), AnyError> {
         let ready = self.take_ready(plan, wait)?;
+        self.veiled = ready.can_hide();
         self.dump = Dump::Ready(ready);
         Ok(())
+    }
+
+    /// Whether its memory will be hidden from CRIU.
+    pub(crate) fn is_veiled(&self) -> bool {
+        self.veiled
     }
 
     fn take_ready(&mut self, plan: &Plan, wait: &Wait) -> Result<Ready, AnyError> {
@@ -206,7 +218,12 @@ impl Target {
         let Dump::Frozen(frozen) = std::mem::replace(&mut self.dump, Dump::None) else {
             unreachable!("captured before it was frozen");
         };
-        let mut captured = frozen.capture(wait)?;
+        let veiled = Veiled::draw(&frozen, plan.tree.root())?;
+        let (captured, found) = thread::scope(|scope| {
+            let found = scope.spawn(|| veiled.look());
+            (frozen.capture(wait), found.join())
+        });
+        let mut captured = captured?;
         let frozen = self.groups.iter().try_for_each(|group| group.freeze(wait));
         let held = captured.is_held();
         self.dump = Dump::Captured(captured);
@@ -216,6 +233,8 @@ impl Target {
         if !held {
             return Err(TargetError::CriuLost.into());
         }
+        let found = found.map_err(|_| TargetError::LookPanicked)??;
+        found.enter(self.directory.path())?;
         let skeleton = Skeleton::read(self.directory.path())?;
         for task in &skeleton.tasks {
             let group = plan.cgroups.of(task.pid as i32)?;
@@ -374,6 +393,7 @@ fn dump_options(plan: &Plan, directory: &ImageDirectory, wait: &Wait) -> DumpOpt
         directory: directory.path().to_owned(),
         shell_job: plan.tree.session_is_outside(),
         freeze_seconds: wait.remaining().as_secs().clamp(1, 60) as u32,
+        veil: veil::is_worth_it(&plan.tree, plan.memory_bytes),
     }
 }
 
