@@ -1,6 +1,7 @@
 //! haulier-bench: figures of haulier beside those of CRIU alone. See `scripts/bench`.
 
 mod analysis;
+mod awake;
 mod contender;
 mod criu;
 mod record;
@@ -17,6 +18,7 @@ use anyhow::Result;
 use clap::Parser;
 use haulier_targets::network;
 
+use crate::awake::Awake;
 use crate::record::Record;
 use crate::sections::Bench;
 use crate::settings::{Cli, Measure, Options, Settings};
@@ -41,6 +43,7 @@ fn measure(
     touched: fn(&Bench) -> u64,
     run: fn(&mut Bench) -> Result<()>,
 ) -> Result<()> {
+    let _awake = Awake::keep();
     let settings = Settings::new(options)?;
     let record = Record::new(settings.json.clone(), sections::machine(&settings));
     let mut bench = Bench { settings, record };
