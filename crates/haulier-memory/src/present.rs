@@ -5,8 +5,18 @@ use std::io;
 use haulier_sys::pagemap::category::{GUARD, PFNZERO, PRESENT, SWAPPED};
 use haulier_sys::pagemap::{Pagemap, Query};
 
-use crate::page::PageRange;
+use crate::page::{PAGE, PageRange};
 use crate::ranges::RangeSet;
+
+/// Whether the kernel can be asked by [`pages`] (Linux 6.7).
+pub fn is_supported() -> bool {
+    let query = Query {
+        any: PRESENT,
+        ..Query::default()
+    };
+    let own = Pagemap::open(std::process::id() as i32);
+    own.is_ok_and(|mut pagemap| pagemap.scan(0..PAGE, query, |_| ()).is_ok())
+}
 
 /// The pages of process `pid` within `lazy`, its [lazy mappings](crate::mappings::lazy), that have
 /// contents: those that CRIU's dump would list. A page of zeros that the kernel shares has none.
@@ -14,7 +24,7 @@ use crate::ranges::RangeSet;
 /// The ranges are ascending and disjoint if the process stands still.
 ///
 /// # Errors
-/// The process is gone, or the kernel has no `PAGEMAP_SCAN` (Linux 6.7).
+/// The process is gone, or the kernel cannot be asked.
 pub fn pages(pid: i32, lazy: &RangeSet) -> io::Result<Vec<PageRange>> {
     let mut pagemap = Pagemap::open(pid)?;
     let none = match pagemap.knows_guards() {
@@ -47,7 +57,7 @@ mod tests {
 
     use super::*;
 
-    const PAGE: usize = 4096;
+    const PAGE: usize = super::PAGE as usize;
 
     #[test]
     fn pages_with_contents_are_found_and_no_others() {

@@ -7,20 +7,23 @@ use haulier_criu::dump::Frozen;
 use haulier_criu::image::ImageError;
 use haulier_criu::pagemap;
 use haulier_criu::skeleton::LazyRange;
-use haulier_memory::mappings;
-use haulier_memory::present;
+use haulier_memory::page::PAGE;
 use haulier_memory::ranges::RangeSet;
+use haulier_memory::{mappings, present};
 use haulier_targets::process::ProcessTree;
 
 /// A question of CRIU's costs what it costs CRIU to find so many pages, some 20 us.
 const PAGES_PER_QUESTION: u64 = 100;
-const PAGE: u64 = 4096;
 
 /// `never` shows CRIU everything, `always` hides memory that is not worth it, too.
 const VARIABLE: &str = "HAULIER_VEIL";
 
 /// Whether hiding its memory makes the dump of a tree shorter: CRIU asks for each mapping, at most.
+/// Never if this kernel does not tell us what we are to list instead.
 pub(super) fn is_worth_it(tree: &ProcessTree, memory_bytes: u64) -> bool {
+    if !present::is_supported() {
+        return false;
+    }
     match std::env::var(VARIABLE).as_deref() {
         Ok("never") => return false,
         Ok("always") => return true,
