@@ -191,6 +191,23 @@ fn eleven_tenths_of_the_allowance_are_refused() {
     stage.assert_clean(2, &[]);
 }
 
+/// It writes more than the link carries, until it is given less time; at its new place it has all.
+#[test]
+fn a_writer_that_outruns_the_link_is_throttled_and_has_its_time_back() {
+    let (stage, folder) = (two_hosts(HAULIER), shared_folder());
+    let path = folder.path().join("report");
+    let workload = rewriting(&stage, &path);
+    let mut options = Mode::PreCopy.options();
+    options.extend(["--bandwidth", "10MiB", "--max-downtime", "10ms"]);
+    options.extend(["--on-stall", "throttle", "--max-rounds", "12"]);
+    let said = stage.moved(1, workload.pid(), 2, &options);
+    assert!(said.contains("% of the CPU from it"), "{said}");
+    goes_on(&path);
+    // Neither the quota nor anything else is left of it.
+    stage.assert_clean(1, &[]);
+    assert!(stage.host(2).process_alive(workload.pid()));
+}
+
 fn open_loop_clients_lose_nothing(mode: Mode) {
     let stage = Stage::set(3, HAULIER);
     drop((stage.serve(1), stage.serve(2)));

@@ -88,9 +88,12 @@ impl Stage {
         format!("{}:{PORT}", self.host(host).ipv4())
     }
 
-    /// `haulier migrate`, ready to run.
+    /// `haulier migrate`, ready to run. From the first host memory is hidden from CRIU's dump however
+    /// little it is, from others as haulier sees fit.
     pub fn migration(&self, from: usize, pid: i32, to: usize, options: &[&str]) -> HostCommand {
+        let veil = if from == 1 { "always" } else { "auto" };
         self.haulier(from)
+            .env("HAULIER_VEIL", veil)
             .args(["migrate", &pid.to_string(), &self.address(to)])
             .args(options)
     }
