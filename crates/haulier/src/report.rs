@@ -190,8 +190,12 @@ impl RoundReport {
             "none" => String::new(),
             codec => format!(" ({codec}: {})", size(self.wire_bytes)),
         };
+        let throttled = match self.throttle {
+            0 => String::new(),
+            percent => format!(", {percent} % of its CPU time taken"),
+        };
         format!(
-            "{}: {} in {:.0} ms, {:.0} MiB/s{compressed}; {} written meanwhile",
+            "{}: {} in {:.0} ms, {:.0} MiB/s{compressed}; {} written meanwhile{throttled}",
             self.number,
             size(self.raw_bytes),
             self.send_ms,

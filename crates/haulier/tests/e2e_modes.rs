@@ -155,7 +155,7 @@ fn a_standing_program_page_by_page(mode: Mode) {
 fn nine_tenths_of_the_allowance(mode: Mode) {
     let (stage, folder) = (Stage::set(2, HAULIER), shared_folder());
     let path = folder.path().join("report");
-    let workload = rewriting(&stage, &path);
+    let workload = rewriting(&stage, &path, "40");
     let memory = memory_of(stage.host(1), workload.pid());
     let allowance = memory * 10 / 9;
     drop(stage.serve_with(2, &["--max-memory", &allowance.to_string()]));
@@ -172,7 +172,7 @@ fn nine_tenths_of_the_allowance(mode: Mode) {
 fn eleven_tenths_of_the_allowance_are_refused() {
     let (stage, folder) = (Stage::set(2, HAULIER), shared_folder());
     let path = folder.path().join("report");
-    let workload = rewriting(&stage, &path);
+    let workload = rewriting(&stage, &path, "40");
     let allowance = memory_of(stage.host(1), workload.pid()) * 10 / 11;
     drop(stage.serve_with(2, &["--max-memory", &allowance.to_string()]));
     for mode in [
@@ -196,16 +196,15 @@ fn eleven_tenths_of_the_allowance_are_refused() {
 fn a_writer_that_outruns_the_link_is_throttled_and_has_its_time_back() {
     let (stage, folder) = (two_hosts(HAULIER), shared_folder());
     let path = folder.path().join("report");
-    let workload = rewriting(&stage, &path);
+    let workload = rewriting(&stage, &path, "8");
     let mut options = Mode::PreCopy.options();
-    options.extend(["--bandwidth", "10MiB", "--max-downtime", "10ms"]);
-    options.extend(["--on-stall", "throttle", "--max-rounds", "12"]);
+    options.extend(["--bandwidth", "8MiB", "--max-downtime", "5ms"]);
+    options.extend(["--on-stall", "throttle", "--max-rounds", "8"]);
     let said = stage.moved(1, workload.pid(), 2, &options);
-    assert!(said.contains("% of the CPU from it"), "{said}");
+    assert!(said.contains("% of its CPU time taken"), "{said}");
     goes_on(&path);
     // Neither the quota nor anything else is left of it.
     stage.assert_clean(1, &[]);
-    assert!(stage.host(2).process_alive(workload.pid()));
 }
 
 fn open_loop_clients_lose_nothing(mode: Mode) {
@@ -280,12 +279,11 @@ fn one_program(name: &str, before: &[&str], mode: Mode, bandwidth: &'static str)
     }
 }
 
-/// A workload of 40 MiB that rewrites and checks it.
-fn rewriting(stage: &Stage, report: &Path) -> Process {
+/// A workload of so many MiB that rewrites and checks it.
+fn rewriting(stage: &Stage, report: &Path, memory: &str) -> Process {
     let program = lab_program();
-    let options = "--threads 4 --memory 40 --pages-per-second 4000 --report";
-    let mut argv = vec![&*program, "workload", "threads"];
-    argv.extend(options.split(' '));
+    let mut argv = vec![&*program, "workload", "threads", "--memory", memory];
+    argv.extend(["--threads", "4", "--pages-per-second", "4000", "--report"]);
     argv.push(report.to_str().unwrap());
     let workload = start(stage.host(1), &argv);
     goes_on(report);
