@@ -1,15 +1,18 @@
-# A CRIU that works on the running kernel: found, or built from Debian's source package.
+# A CRIU that works on the running kernel: found, or built from Debian's source package. And its crit,
+# with which the tests read images.
 # shellcheck shell=bash
 
 criu_prefix=/opt/haulier/criu
 criu_minimum=4.1 # the first with everything haulier asks of it over RPC
 criu_suites=(sid trixie)
 criu_build_packages=(
-    gcc libc6-dev make pkg-config xz-utils
+    gcc libc6-dev make pkg-config python3 xz-utils
     libaio-dev libcap-dev libnet1-dev libnftables-dev libnl-3-dev
     libprotobuf-c-dev libprotobuf-dev protobuf-c-compiler protobuf-compiler uuid-dev
 )
 criu_run_packages=(iproute2 nftables)
+crit_build_packages=(libprotobuf-dev protobuf-compiler python3 xz-utils)
+crit_run_packages=(python3 python3-protobuf)
 
 # Prints a binary's version, such as 4.2.1; nothing if it does not run.
 criu_version() {
@@ -88,14 +91,39 @@ criu_download() {
         (cd "$dir" && criu_apt "$dir" source --download-only --tar-only criu >&2)
 }
 
-# Builds the tarball in $1 and leaves the binary as $1/prefix/sbin/criu.
+criu_unpack() {
+    mkdir "$1/source"
+    tar -xJf "$1"/criu_*.orig.tar.xz -C "$1/source" --strip-components=1
+}
+
+# Builds the tarball in $1 and leaves the binary as $1/prefix/sbin/criu, and crit beside it.
 criu_compile() {
     local dir=$1
-    mkdir "$dir/source"
-    tar -xJf "$dir"/criu_*.orig.tar.xz -C "$dir/source" --strip-components=1 || return 1
+    criu_unpack "$dir" || return 1
+    crit_compile "$dir" || say "crit does not build" # CRIU does without
     make -C "$dir/source" -j"$(nproc)" criu >"$dir/make.log" 2>&1 ||
         { tail -n 30 "$dir/make.log" >&2; return 1; }
     install -D -m 0755 "$dir/source/criu/criu" "$dir/prefix/sbin/criu"
+}
+
+# Makes crit of the sources in $1, as $1/prefix/bin/crit. It is Python, with Debian's python3-protobuf.
+crit_compile() {
+    local source=$1/source prefix=$1/prefix modules=$1/prefix/lib/python images module protos
+    mkdir -p "$prefix/bin" "$modules" || return 1
+    cp -R "$source/lib/pycriu" "$source/crit/crit" "$modules" || return 1
+    images=$modules/pycriu/images
+    mapfile -t protos < <(find "$source/images" -name '*.proto' ! -name rpc.proto)
+    protoc -I"$source/images" -I/usr/include --python_out="$images" "${protos[@]}" &&
+        protoc -I"$source/images" --python_out="$modules/pycriu" "$source/images/rpc.proto" &&
+        python3 "$source/scripts/magic-gen.py" "$source/criu/include/magic.h" "$images/magic.py" || return 1
+    for module in "$images"/*_pb2.py; do
+        module=$(basename "$module" .py)
+        [[ $module == opts_pb2 ]] || printf 'from .%s import *\n' "$module"
+    done >"$images/pb.py"
+    printf "__version__ = 'of haulier'\n" | tee "$modules/pycriu/version.py" >"$modules/crit/version.py"
+    printf '#!/bin/sh\nPYTHONPATH=%s exec /usr/bin/python3 -m crit "$@"\n' \
+        "$criu_prefix/lib/python" >"$prefix/bin/crit"
+    chmod 0755 "$prefix/bin/crit"
 }
 
 # Tries one suite in a directory of its own; $dir/prefix is usable if it succeeds.
@@ -145,4 +173,42 @@ criu_ensure() {
     if criu_find 2>/dev/null; then return; fi
     criu_build
     criu_find
+}
+
+# Succeeds if our own prefix has a crit that runs.
+crit_usable() {
+    "$criu_prefix/bin/crit" --version >/dev/null 2>&1
+}
+
+# Makes the crit of a CRIU that was not built here, or was before crit was; with the lock held.
+crit_build() (
+    need_root "crit is to be built into $criu_prefix"
+    apt_install "${crit_build_packages[@]}" "${crit_run_packages[@]}"
+    if crit_usable; then exit 0; fi
+    work=$(mktemp -d "${criu_prefix%/*}/criu-build.XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    for suite in "${criu_suites[@]}"; do
+        mkdir "$work/$suite"
+        say "fetching crit's source from Debian $suite"
+        criu_download "$suite" "$work/$suite" && criu_unpack "$work/$suite" &&
+            crit_compile "$work/$suite" || continue
+        mkdir -p "$criu_prefix/bin" "$criu_prefix/lib"
+        rm -rf "$criu_prefix/lib/python"
+        mv "$work/$suite/prefix/lib/python" "$criu_prefix/lib/"
+        mv "$work/$suite/prefix/bin/crit" "$criu_prefix/bin/"
+        exit 0
+    done
+    die "no crit could be built"
+)
+
+# Makes sure that our own prefix has a crit.
+crit_ensure() {
+    local lock
+    if crit_usable; then return; fi
+    mkdir -p "${criu_prefix%/*}"
+    exec {lock}>"${criu_prefix%/*}/criu.lock"
+    flock -w 900 "$lock" || die "another build of CRIU has held ${criu_prefix%/*}/criu.lock for 15 minutes"
+    crit_build
+    exec {lock}>&-
+    crit_usable || die "crit was built, and does not run"
 }

@@ -237,12 +237,13 @@ impl Cast {
         });
     }
 
-    /// CRIU's crit, where there is one (`HAULIER_CRIT` or in the path), reads every image of a directory.
+    /// CRIU's crit, where there is one (`HAULIER_CRIT`, that of `scripts/setup`, or in the path), reads
+    /// every image of a directory.
     #[track_caller]
     pub fn crit_reads(&self, host: usize, directory: &str) {
         let given = std::env::var_os("HAULIER_CRIT").map(PathBuf::from);
-        let Some(crit) = given.or_else(|| found("crit")) else {
-            eprintln!("crit is not here");
+        let ours = Some(PathBuf::from("/opt/haulier/criu/bin/crit")).filter(|crit| crit.exists());
+        let Some(crit) = given.or(ours).or_else(|| found("crit")) else {
             return;
         };
         let host = self.stage.host(host);
