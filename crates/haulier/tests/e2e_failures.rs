@@ -6,13 +6,13 @@ mod stage;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use haulier_lab::workloads::{RedisClient, fill_redis, start_redis};
+use haulier_lab::workloads::RedisClient;
 use haulier_lab::{Captured, Output, Process, Signal};
+use stage::codes::{NOTHING_TOUCHED, ROLLED_BACK};
+use stage::redis::{self, MOVE, served};
 use stage::{LONG, MOVING_V4, PORT, Stage, eventually, start};
 
 const HAULIER: &str = env!("CARGO_BIN_EXE_haulier");
-const NOTHING_TOUCHED: i32 = 3;
-const ROLLED_BACK: i32 = 4;
 
 /// A Redis on host 1 with a client that checks every answer: what must not notice.
 struct Served {
@@ -21,20 +21,10 @@ struct Served {
     client: RedisClient,
 }
 
-const MOVE: [&str; 2] = ["--move-ip", "10.77.0.100/24@eth0"];
-
 impl Served {
     fn set() -> Served {
         let stage = Stage::set(3, HAULIER);
-        stage.give_addresses(1);
-        let redis = start_redis(stage.host(1), 6379).unwrap();
-        let server: SocketAddr = format!("{MOVING_V4}:6379").parse().unwrap();
-        let client = stage
-            .host(3)
-            .in_network(|| RedisClient::start(server))
-            .unwrap()
-            .unwrap();
-        client.wait_for_operations(500, LONG).unwrap();
+        let (redis, client) = served(&stage);
         Served {
             stage,
             redis,
@@ -46,9 +36,7 @@ impl Served {
     /// seconds: it can be met in the middle, when the destination has begun to restore.
     fn set_slow() -> Served {
         let served = Served::set();
-        let server: SocketAddr = format!("{MOVING_V4}:6379").parse().unwrap();
-        let fill = || fill_redis(server, 1, 16 << 20);
-        served.stage.host(3).in_network(fill).unwrap().unwrap();
+        redis::fill(&served.stage, 1, 16 << 20);
         served.stage.lab.shape(Some("20mbit")).unwrap();
         served
     }

@@ -13,13 +13,13 @@ use std::time::Duration;
 
 use haulier_lab::workloads::{OpenLoop, OpenLoopClient, Protocol, threads};
 use haulier_lab::{Host, Process, Signal};
+use stage::codes::NOTHING_TOUCHED;
 use stage::play::{
     Mode, all_move_and_return, compiled, says, shared_folder, status, tree_moves, two_hosts,
 };
 use stage::{LONG, MOVING_V4, Stage, eventually, lab_program, start};
 
 const HAULIER: &str = env!("CARGO_BIN_EXE_haulier");
-const NOTHING_TOUCHED: i32 = 3;
 
 /// A module of tests for each workload, which is a function that takes a mode.
 macro_rules! in_every_mode {

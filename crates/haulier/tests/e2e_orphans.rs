@@ -1,27 +1,16 @@
-//! A server that runs looks after what dies on its host, and is itself told to stop while it waits.
+//! What a killed source leaves: a server that runs looks after it, or whatever of haulier starts next. And a
+//! server that is told to stop while it waits.
 
 mod stage;
 
-use std::net::SocketAddr;
-
-use haulier_lab::workloads::{RedisClient, start_redis};
-use haulier_lab::{Process, Signal};
+use haulier_lab::workloads::RedisClient;
+use haulier_lab::{Captured, Process, Signal};
+use stage::codes::NEEDS_YOU;
+use stage::redis::{self, MOVE, assert_served, served};
 use stage::sight::{goes_on, journals, stands_still};
-use stage::{LONG, MOVING_V4, Stage, eventually, start};
+use stage::{LONG, Stage, eventually, start};
 
 const HAULIER: &str = env!("CARGO_BIN_EXE_haulier");
-const MOVE: [&str; 2] = ["--move-ip", "10.77.0.100/24@eth0"];
-
-/// A Redis on host 1 with a client that checks every answer.
-fn served(stage: &Stage) -> (Process, RedisClient) {
-    stage.give_addresses(1);
-    let redis = start_redis(stage.host(1), 6379).unwrap();
-    let address = SocketAddr::new(MOVING_V4.parse().unwrap(), 6379);
-    let client = stage.host(3).in_network(|| RedisClient::start(address));
-    let client = client.unwrap().unwrap();
-    client.wait_for_operations(500, LONG).unwrap();
-    (redis, client)
-}
 
 fn counter(stage: &Stage) -> Process {
     start(stage.host(1), &["sh", "-c", "while :; do :; done"])
@@ -110,4 +99,87 @@ fn a_server_that_is_told_to_stop_while_it_checks_does_not_wait_for_others() {
         "{}",
         said.stderr
     );
+}
+
+/// A Redis on host 1 that is frozen half way, its haulier killed.
+struct Orphan {
+    stage: Stage,
+    redis: Process,
+    client: RedisClient,
+    server: Captured,
+}
+
+impl Orphan {
+    fn make() -> Orphan {
+        let stage = Stage::set(3, HAULIER);
+        let (redis, client) = served(&stage);
+        redis::fill(&stage, 1, 32 << 20);
+        stage.lab.shape(Some("20mbit")).unwrap();
+        let server = stage.serve(2);
+        // Frozen for some seconds before there is anything to commit.
+        let options = [&MOVE[..], &["--mode", "stop-and-copy"]].concat();
+        let migration = stage.migration(1, redis.pid(), 2, &options);
+        let migration = migration.spawn_captured().unwrap();
+        eventually("it is frozen", || {
+            let left = stage.leftovers(1);
+            left.iter().any(|line| line.starts_with("frozen-cgroup "))
+        });
+        migration.process.kill(Signal::KILL).unwrap();
+        migration.finish(LONG).unwrap();
+        stage.lab.shape(None).unwrap();
+        let left = stage.leftovers(1);
+        let frozen = left.iter().any(|line| line.starts_with("frozen-cgroup "));
+        assert!(frozen, "it does not run by itself: {left:?}");
+        Orphan {
+            stage,
+            redis,
+            client,
+            server,
+        }
+    }
+}
+
+#[test]
+fn a_killed_sources_target_runs_on_at_the_next_start() {
+    let orphan = Orphan::make();
+    let server = orphan.stage.serve(1);
+    assert_served(&orphan.client);
+    orphan.client.stop().clean();
+    assert!(orphan.stage.host(1).process_alive(orphan.redis.pid()));
+    orphan.stage.assert_clean(1, &["cgroup /redis"]);
+    orphan.stage.assert_clean(2, &[]);
+    assert_eq!(journals(&orphan.stage, 1), "");
+    drop((server, orphan.server));
+}
+
+#[test]
+fn a_killed_sources_target_runs_on_when_it_is_recovered() {
+    let orphan = Orphan::make();
+    let recover = || {
+        let recover = orphan.stage.haulier(1).args(["recover"]);
+        recover.output(LONG).unwrap().success()
+    };
+    let status = orphan.stage.haulier(1).args(["status"]);
+    let status = status.output(LONG).unwrap();
+    assert_eq!(status.status.code(), Some(NEEDS_YOU), "{}", status.stdout);
+    let words = "what to do: haulier recover";
+    assert!(status.stdout.contains(words), "{}", status.stdout);
+    assert!(recover().contains("nothing is left to be done"));
+    assert_served(&orphan.client);
+    assert!(recover().contains("nothing is left to be done"));
+    orphan.client.stop().clean();
+    orphan.stage.assert_clean(1, &["cgroup /redis"]);
+    assert_eq!(journals(&orphan.stage, 1), "");
+}
+
+#[test]
+fn a_killed_sources_target_moves_at_the_next_try() {
+    let orphan = Orphan::make();
+    let pid = orphan.redis.pid();
+    orphan.stage.moved(1, pid, 2, &MOVE);
+    assert_served(&orphan.client);
+    orphan.client.stop().clean();
+    orphan.stage.assert_clean(1, &["cgroup /redis"]);
+    assert_eq!(journals(&orphan.stage, 1), "");
+    drop(orphan.server);
 }

@@ -3,15 +3,13 @@
 
 mod stage;
 
-use std::net::SocketAddr;
-
-use haulier_lab::workloads::{RedisClient, check_redis, fill_redis, start_redis};
+use haulier_lab::workloads::RedisClient;
 use haulier_lab::{Captured, Process, Signal};
+use stage::codes::{NEEDS_YOU, NOTHING_TOUCHED};
+use stage::redis;
 use stage::{LONG, MOVING_V4, Stage, eventually};
 
 const HAULIER: &str = env!("CARGO_BIN_EXE_haulier");
-const NOTHING_TOUCHED: i32 = 3;
-const NEEDS_YOU: i32 = 5;
 /// Bytes of values, which at [`RATE`] take some seconds.
 const DATA: u64 = 24 << 20;
 const RATE: &str = "60mbit";
@@ -29,14 +27,9 @@ struct Moving {
 impl Moving {
     fn set(mode: &str) -> Moving {
         let stage = Stage::set(3, HAULIER);
-        stage.give_addresses(1);
-        let redis = start_redis(stage.host(1), 6379).unwrap();
-        let on_host3 = stage.host(3);
-        let fill = || fill_redis(server(), SEED, DATA);
-        on_host3.in_network(fill).unwrap().unwrap();
-        let client = on_host3.in_network(|| RedisClient::start(server()));
-        let client = client.unwrap().unwrap();
-        client.wait_for_operations(500, LONG).unwrap();
+        let redis = redis::start(&stage);
+        redis::fill(&stage, SEED, DATA);
+        let client = redis::client(&stage);
         let servers = vec![stage.serve(1), stage.serve(2)];
         stage.lab.shape(Some(RATE)).unwrap();
         let options = [
@@ -63,18 +56,6 @@ impl Moving {
     }
 }
 
-/// Every value is right.
-#[track_caller]
-fn assert_whole(stage: &Stage) {
-    let check = || check_redis(server(), SEED, DATA);
-    let check = stage.host(3).in_network(check).unwrap().unwrap();
-    assert_eq!(check.wrong, 0, "{:?}", check.first_wrong);
-}
-
-fn server() -> SocketAddr {
-    format!("{MOVING_V4}:6379").parse().unwrap()
-}
-
 #[test]
 fn a_link_that_breaks_is_made_anew_and_every_page_comes() {
     let moving = Moving::set("post-copy");
@@ -94,7 +75,7 @@ fn a_link_that_breaks_is_made_anew_and_every_page_comes() {
         "{report}"
     );
     stage.lab.shape(None).unwrap();
-    assert_whole(&stage);
+    redis::assert_whole(&stage, SEED, DATA);
     client.stop().clean();
     stage.assert_clean(1, &["cgroup /redis"]);
 }
@@ -119,7 +100,7 @@ fn a_target_whose_pages_still_arrive_cannot_be_moved_on() {
     moving.stage.lab.shape(None).unwrap();
     let output = moving.migration.finish(LONG).unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", output.stderr);
-    assert_whole(&moving.stage);
+    redis::assert_whole(&moving.stage, SEED, DATA);
     // Whole, it can.
     moving.stage.moved(2, pid, 1, &options);
     moving.client.stop().clean();
@@ -143,7 +124,7 @@ fn a_server_that_is_killed_takes_a_target_that_lacks_pages_with_it() {
     // The server that starts next removes what the killed one left there.
     let _server = moving.stage.serve(2);
     run_here(&moving.stage);
-    assert_whole(&moving.stage);
+    redis::assert_whole(&moving.stage, SEED, DATA);
 }
 
 #[test]
@@ -169,7 +150,7 @@ fn a_server_that_starts_after_a_loss_tells_the_source_that_asks() {
     assert!(!addresses(2), "the lost target's address is still there");
     run_here(&moving.stage);
     assert!(addresses(1));
-    assert_whole(&moving.stage);
+    redis::assert_whole(&moving.stage, SEED, DATA);
 }
 
 #[test]
@@ -185,7 +166,7 @@ fn a_server_that_is_killed_before_all_that_came_is_placed_does_not_cost_the_last
         Some(NEEDS_YOU) => run_here(&moving.stage),
         other => panic!("{other:?}: {}", output.stderr),
     }
-    assert_whole(&moving.stage);
+    redis::assert_whole(&moving.stage, SEED, DATA);
 }
 
 #[test]
@@ -202,7 +183,7 @@ fn a_killed_sources_pages_are_brought_by_the_haulier_that_starts_next() {
         .wait_for_output("the target runs there, and is removed here", LONG)
         .unwrap();
     moving.stage.lab.shape(None).unwrap();
-    assert_whole(&moving.stage);
+    redis::assert_whole(&moving.stage, SEED, DATA);
     moving.client.stop().clean();
     let tasks = "cat /sys/fs/cgroup/*/haulier-*/cgroup.procs /var/lib/haulier/*/journal";
     let left = moving.stage.host(1).shell(tasks).unwrap();

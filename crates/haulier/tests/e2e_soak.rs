@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use haulier_lab::workloads::{RedisClient, check_redis, fill_redis, start_redis};
 use haulier_lab::{Captured, Process, Signal};
+use stage::codes::NEEDS_YOU;
 use stage::database::{Cluster, ended};
 use stage::{LONG, MOVING_V4, Stage, eventually};
 
@@ -17,7 +18,7 @@ const MODES: [&str; 4] = ["pre-copy", "hybrid", "post-copy", "stop-and-copy"];
 const REDIS: &str = "10.77.0.101";
 const DATA: u64 = 48 << 20;
 const DATA_SEED: u64 = 3;
-const NEEDS_YOU: i32 = 5;
+
 /// A fault comes somewhere in the first moments of a move.
 const LATEST_FAULT: u64 = 1500;
 

@@ -20,10 +20,11 @@ use tracing::{info, warn};
 
 use crate::commands::Incoming;
 use crate::destination::Shared;
+use crate::destination::dialogue::Setback;
 use crate::destination::hold::Hold;
 use crate::destination::link::Link;
 use crate::destination::registry::Stream;
-use crate::destination::session::{Session, Setback};
+use crate::destination::session::Session;
 use crate::failure::Failure;
 use crate::journal;
 use crate::recovery;

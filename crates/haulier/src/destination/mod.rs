@@ -1,7 +1,9 @@
 //! The destination of migrations: `haulier serve`.
 
+mod actions;
 mod arrival;
 mod check;
+mod dialogue;
 mod hold;
 mod link;
 mod moves;

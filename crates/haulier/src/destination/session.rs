@@ -6,8 +6,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use haulier_engine::destination::{Action, Destination, Event};
-use haulier_engine::journal::DestinationRecord;
+use haulier_engine::destination::{Destination, Event};
 use haulier_engine::phase::Phase;
 use haulier_images::account::Account;
 use haulier_images::directory::{self, ImageCount, ImagesError};
@@ -15,19 +14,15 @@ use haulier_memory::lazy::FillStats;
 use haulier_memory::post::FaultClient;
 use haulier_memory::store::PageStore;
 use haulier_proto::id::MigrationId;
-use haulier_proto::message::{
-    Begin, Complete, Faults, Held, PUSH_ROUND, Prepared, Requirements, Resumed, Role, control,
-};
-use haulier_sys::wait::{Cancel, Wait};
+use haulier_proto::message::{Begin, PUSH_ROUND, Requirements, Role, control};
 use haulier_targets::network::MoveIp;
 use haulier_transport::channel::Channel;
-use tracing::{debug, info, info_span, warn};
+use tracing::{info, info_span, warn};
 
-use crate::checkpoint;
 use crate::commands::Incoming;
+use crate::destination::dialogue::Setback;
 use crate::destination::hold::{Hold, Memory};
 use crate::destination::link::Link;
-use crate::destination::receivers::ReceiversError;
 use crate::destination::registry::Stream;
 use crate::destination::{Shared, check};
 use crate::failure::Failure;
@@ -36,18 +31,6 @@ use crate::timeline::Stopwatch;
 
 /// How often it is looked whether the source still sends something.
 const LOOK: Duration = Duration::from_millis(100);
-/// How long until a note that could not be written is tried again.
-const NOTE_PAUSE: Duration = Duration::from_secs(1);
-
-/// Why a migration is not going on.
-pub(super) enum Setback {
-    /// Something of this side.
-    Here(Failure),
-    /// The source gave up.
-    Aborted,
-    /// The connection broke.
-    Disconnected,
-}
 
 /// Runs a migration over its command connection, to its end.
 pub(crate) fn run(
@@ -72,7 +55,7 @@ pub(super) struct Session<'a> {
     pub(super) link: Option<Link>,
     pub(super) streams: Receiver<Stream>,
     pub(super) machine: Destination,
-    journal: Option<Journal>,
+    pub(super) journal: Option<Journal>,
     needs: Requirements,
     pub(super) hold: Option<Hold>,
     pub(super) store: Arc<PageStore>,
@@ -82,12 +65,12 @@ pub(super) struct Session<'a> {
     images: u32,
     /// Pages that are to come after the commit.
     pub(super) left_behind: u64,
-    failure: Option<Failure>,
+    pub(super) failure: Option<Failure>,
     /// The source has said that the target stands.
     stands: bool,
     /// What was made for the target here is gone.
-    is_removed: bool,
-    clock: Stopwatch,
+    pub(super) is_removed: bool,
+    pub(super) clock: Stopwatch,
 }
 
 impl<'a> Session<'a> {
@@ -452,242 +435,10 @@ impl<'a> Session<'a> {
         info!("given up");
     }
 
-    /// Feeds an event to the hand-over and performs what follows.
-    pub(super) fn on(&mut self, event: Event) -> Result<(), Setback> {
-        let (next, actions) = self.machine.on(event);
-        let before = std::mem::replace(&mut self.machine, next);
-        for action in actions {
-            match self.perform(action) {
-                Ok(()) => {}
-                // What is not on disk has not happened, and nothing that follows it either. But
-                // nothing on disk means "refused" to whoever reads it later.
-                Err(setback)
-                    if matches!(action, Action::Record(_))
-                        && !matches!(self.machine, Destination::Refused(_)) =>
-                {
-                    self.machine = before;
-                    return Err(setback);
-                }
-                Err(setback) if !self.machine.is_final() => return Err(setback),
-                Err(_) => {}
-            }
-        }
-        // The thaw is an action of this side; that it is done is the next event.
-        if event == Event::Commit || event == Event::Failed {
-            if let Destination::Owner(_) = self.machine {
-                return self.on(Event::Thawed);
-            }
-        }
-        Ok(())
-    }
-
-    fn perform(&mut self, action: Action) -> Result<(), Setback> {
-        checkpoint::reach("destination", format_args!("{action:?}"));
-        match action {
-            Action::Record(record) => {
-                let Some(journal) = &mut self.journal else {
-                    return Ok(());
-                };
-                journal
-                    .destination(record)
-                    .map_err(|e| self.here(Phase::Commit, &e))
-            }
-            Action::SendPrepared => self.tell(control::Body::Prepared(Prepared {})),
-            Action::SendHeld => {
-                let phases = self.clock.take();
-                self.tell(control::Body::Held(Held { phases }))
-            }
-            Action::Thaw => {
-                let Some(hold) = &mut self.hold else {
-                    unreachable!("thawed before prepared")
-                };
-                hold.thaw().map_err(|e| self.here(Phase::Commit, &*e))?;
-                self.clock.lap("thaw");
-                Ok(())
-            }
-            Action::SendResumed => {
-                let pid = self.hold.as_ref().map_or(0, Hold::root);
-                let phases = self.clock.take();
-                self.tell(control::Body::Resumed(Resumed { pid, phases }))
-            }
-            Action::SendComplete => {
-                // Whoever hears it may move the target on at once.
-                self.close_journal();
-                let faults = self.filled.as_ref().map(faults_of);
-                self.tell(control::Body::Complete(Complete { faults }))
-            }
-            Action::SendLost => {
-                self.note_removed();
-                self.close_journal();
-                let what = "memory of the target could not be completed: it was killed";
-                let failure = self.failure(Phase::Arrive, what);
-                self.tell(control::Body::Lost((&failure).into()))
-            }
-            Action::Kill => {
-                if let Some(link) = &self.link {
-                    link.stop.cancel();
-                }
-                if let Some(mut hold) = self.hold.take() {
-                    for left in hold.undo() {
-                        warn!("{left}");
-                    }
-                    self.note_removed();
-                }
-                Ok(())
-            }
-            Action::SendRefused => {
-                let failure = self.failure.clone().unwrap_or_else(|| {
-                    self.failure(
-                        Phase::Restore,
-                        "the source gave up, or the connection broke",
-                    )
-                });
-                let wait = Wait::uncancellable(Duration::from_secs(5));
-                if let Some(link) = &mut self.link {
-                    let _ = link.send(control::Body::Failed((&failure).into()), &wait);
-                }
-                Ok(())
-            }
-        }
-    }
-
-    /// So that no recovery removes it again, an address least of all.
-    fn note_removed(&mut self) {
-        self.is_removed = true;
-        if let Some(journal) = &mut self.journal {
-            if let Err(error) = journal.destination(DestinationRecord::Removed) {
-                warn!(%error, "journal");
-            }
-        }
-    }
-
-    /// Lets go of the journal, once it says what is to be known of the end. A later migration may
-    /// bring the same address, which nobody may take for this one's.
-    fn close_journal(&mut self) {
-        let Some(journal) = self.journal.take() else {
-            return;
-        };
-        let noted = journal
-            .contents()
-            .has_destination(DestinationRecord::Removed);
-        if self.is_removed && !noted {
-            let stop = self.shared.stop.clone();
-            thread::spawn(move || note_late(journal, &stop));
-        }
-    }
-
-    /// The next message of the source.
-    fn next(&mut self, due: &'static str) -> Result<control::Body, Setback> {
-        let Some(link) = &self.link else {
-            return Err(Setback::Disconnected);
-        };
-        match link.incoming.recv_timeout(self.shared.options.step_time) {
-            Ok(Incoming::Message(control::Body::Failed(_))) => Err(Setback::Aborted),
-            Ok(Incoming::Message(body)) => Ok(body),
-            Ok(Incoming::Lost(error)) => {
-                debug!(%error, "the command connection ended");
-                Err(Setback::Disconnected)
-            }
-            Err(RecvTimeoutError::Timeout) => {
-                let what = format!("the source did not send {due} in time");
-                Err(Setback::Here(self.failure(Phase::Restore, what)))
-            }
-            Err(RecvTimeoutError::Disconnected) => Err(Setback::Disconnected),
-        }
-    }
-
-    /// Whether the source has gone or given up meanwhile.
-    fn check_stop(&mut self) -> Result<(), Setback> {
-        if !self
-            .link
-            .as_ref()
-            .is_some_and(|link| link.stop.is_cancelled())
-        {
-            return Ok(());
-        }
-        Err(self.setback_or(self.failure(Phase::Send, "a connection of the source broke")))
-    }
-
-    /// A step of this side failed: because the source has gone or given up, if it has.
-    fn setback_or(&self, failure: Failure) -> Setback {
-        match self.heard() {
-            Some(Incoming::Message(control::Body::Failed(_))) => Setback::Aborted,
-            Some(Incoming::Lost(_)) => Setback::Disconnected,
-            Some(Incoming::Message(_)) | None => Setback::Here(failure),
-        }
-    }
-
     fn link_mut(&mut self) -> &mut Link {
         let Some(link) = &mut self.link else {
             unreachable!("connections of a source that was never there")
         };
         link
-    }
-
-    /// What the source has said, if it has.
-    pub(super) fn heard(&self) -> Option<Incoming> {
-        self.link.as_ref()?.incoming.try_recv().ok()
-    }
-
-    fn out_of_turn(&self, incoming: &Incoming) -> Setback {
-        match incoming {
-            Incoming::Message(control::Body::Failed(_)) => Setback::Aborted,
-            Incoming::Message(got) => self.unexpected(got, "a connection"),
-            Incoming::Lost(_) => Setback::Disconnected,
-        }
-    }
-
-    pub(super) fn tell(&mut self, body: control::Body) -> Result<(), Setback> {
-        let wait = Wait::uncancellable(self.shared.options.step_time);
-        let Some(link) = &mut self.link else {
-            return Err(Setback::Disconnected);
-        };
-        link.send(body, &wait).map_err(|_| Setback::Disconnected)
-    }
-
-    fn failure(&self, phase: Phase, what: impl Into<String>) -> Failure {
-        Failure::new(&self.shared.host.name, phase, what)
-    }
-
-    fn here(&self, phase: Phase, error: &(dyn Error + 'static)) -> Setback {
-        self.setback_or(Failure::from_error(&self.shared.host.name, phase, error))
-    }
-
-    fn streams_failed(&self, phase: Phase, error: &ReceiversError) -> Setback {
-        let failure = Failure::from_error(&self.shared.host.name, phase, error);
-        self.setback_or(match error.remedy() {
-            Some(remedy) => failure.remedy(remedy),
-            None => failure,
-        })
-    }
-
-    fn unexpected(&self, got: &control::Body, due: &str) -> Setback {
-        let what = format!("the source sent {} where {due} was due", got.name());
-        Setback::Here(self.failure(Phase::Check, what))
-    }
-}
-
-/// Goes on trying to note that what a migration had here is removed. If the server ends before, the
-/// next one does it all again, before it takes anything in.
-fn note_late(mut journal: Journal, stop: &Cancel) {
-    while !stop.is_cancelled() {
-        thread::sleep(NOTE_PAUSE);
-        if journal.destination(DestinationRecord::Removed).is_ok() {
-            return;
-        }
-    }
-}
-
-fn faults_of(stats: &FillStats) -> Faults {
-    Faults {
-        local: stats.local_faults,
-        remote: stats.remote_faults,
-        zero: stats.zero_faults,
-        latency: stats
-            .local_latency
-            .merged(&stats.remote_latency)
-            .buckets
-            .to_vec(),
-        remote_latency: stats.remote_latency.buckets.to_vec(),
     }
 }

@@ -1,21 +1,20 @@
 //! One migration of a Redis in use, with one fault at one point of it, and what becomes of it.
 
 use std::fmt;
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use haulier::checkpoint::{self, HOLD_AT, HOLD_UNTIL};
 use haulier_engine::phase::Phase;
 use haulier_engine::{destination, source};
-use haulier_lab::workloads::{RedisClient, check_redis, fill_redis, start_redis};
+use haulier_lab::workloads::{RedisClient, check_redis};
 use haulier_lab::{Captured, Process, ProcessInfo, Signal};
 
-use crate::stage::{GO, LONG, MOVING_V4, PORT, Stage};
+use crate::stage::codes::{NEEDS_YOU, NOTHING_TOUCHED};
+use crate::stage::redis;
+use crate::stage::{GO, LONG, PORT, Stage};
 
 const SEED: u64 = 5;
 const DATA: u64 = 8 << 20;
-const NOTHING_TOUCHED: i32 = 3;
-const NEEDS_YOU: i32 = 5;
 /// How long a side that hears nothing waits, so that a stopped peer is noticed while a test runs.
 const TIMES: [&str; 4] = ["--step-time", "2", "--doubt-time", "3"];
 /// Longer than those.
@@ -111,14 +110,9 @@ struct Case<'a> {
 impl<'a> Case<'a> {
     fn set(mode: &'a str, point: &'a str, fault: Fault) -> Case<'a> {
         let stage = Stage::set(3, env!("CARGO_BIN_EXE_haulier"));
-        stage.give_addresses(1);
-        let redis = start_redis(stage.host(1), 6379).unwrap();
-        let observer = stage.host(3);
-        let fill = || fill_redis(server(), SEED, DATA);
-        observer.in_network(fill).unwrap().unwrap();
-        let client = observer.in_network(|| RedisClient::start(server()));
-        let client = client.unwrap().unwrap();
-        client.wait_for_operations(200, LONG).unwrap();
+        let redis = redis::start(&stage);
+        redis::fill(&stage, SEED, DATA);
+        let client = redis::client(&stage);
         Case {
             stage,
             redis,
@@ -371,7 +365,7 @@ impl<'a> Case<'a> {
             let report = self.client.snapshot();
             assert_eq!(report.error_count, 0, "{self}: {:?}", report.errors);
         }
-        let check = || check_redis(server(), SEED, DATA);
+        let check = || check_redis(redis::address(), SEED, DATA);
         let check = self.stage.host(3).in_network(check).unwrap().unwrap();
         assert_eq!(check.wrong, 0, "{self}: {:?}", check.first_wrong);
         let (home, other) = match end {
@@ -406,10 +400,6 @@ fn is_running(told: &str) -> bool {
 /// That the last copy stands on the source, and what to do.
 fn is_announced(text: &str) -> bool {
     text.contains("is lost at the destination") || text.contains("the other host has lost")
-}
-
-fn server() -> SocketAddr {
-    format!("{MOVING_V4}:6379").parse().unwrap()
 }
 
 impl fmt::Display for Case<'_> {

@@ -1,6 +1,8 @@
 //! Disks that are full, on either host, at every step that needs one.
 
-use super::{MOVE, MOVED, NOTHING_TOUCHED, ROLLED_BACK, Scene, ended, said};
+use super::Scene;
+use crate::stage::codes::{MOVED, NOTHING_TOUCHED, ROLLED_BACK, ended, said};
+use crate::stage::redis::MOVE;
 use crate::stage::sight::journals;
 use crate::stage::{LONG, eventually};
 

@@ -1,7 +1,6 @@
 //! A destination that lies, and what it can do: see docs/trust.md. More of its kind, with answers that are
-//! due, are in `e2e_doubt`.
+//! due, are in `e2e_lies`.
 
-use haulier_lab::{Captured, Process};
 use haulier_proto::frame::Kind;
 use haulier_proto::message::{
     Commit, Complete, Findings, Held, Missing, MissingPages, Prepared, Problem, Rejoin, Resumed,
@@ -9,41 +8,11 @@ use haulier_proto::message::{
 };
 use haulier_transport::channel::Channel;
 
-use super::{HAULIER, MOVED, NEEDS_YOU, NOTHING_TOUCHED, ROLLED_BACK, ended, said};
+use crate::script::scene::Scene;
 use crate::script::{Destination, Incoming, long, lost};
-use crate::stage::sight::{goes_on, journals, stands_still};
-use crate::stage::{LONG, Stage, start};
-
-struct Scene {
-    stage: Stage,
-    counter: Process,
-    destination: Destination,
-}
-
-impl Scene {
-    fn set() -> Scene {
-        let stage = Stage::set(2, HAULIER);
-        let counter = start(stage.host(1), &["sh", "-c", "while :; do :; done"]);
-        let destination = Destination::open(&stage);
-        Scene {
-            stage,
-            counter,
-            destination,
-        }
-    }
-
-    fn migrate(&self, options: &[&str]) -> Captured {
-        let migration = self.stage.migration(1, self.counter.pid(), 2, options);
-        migration.spawn_captured().unwrap()
-    }
-
-    #[track_caller]
-    fn assert_back(&self) {
-        goes_on(&self.stage, self.counter.pid());
-        self.stage.assert_clean(1, &[]);
-        assert_eq!(journals(&self.stage, 1), "");
-    }
-}
+use crate::stage::codes::{MOVED, NEEDS_YOU, NOTHING_TOUCHED, ROLLED_BACK, ended, said};
+use crate::stage::sight::stands_still;
+use crate::stage::{LONG, start};
 
 /// Every message that a destination has, and some that it has not.
 fn messages() -> Vec<control::Body> {

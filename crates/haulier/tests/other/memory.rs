@@ -1,15 +1,14 @@
 //! A destination without memory. What the kernel does when the machine itself has none left, killing
 //! processes of its choice, is the fault matrix: each of ours is killed there at every point.
 
-use haulier_lab::workloads::fill_redis;
-
-use super::{MOVE, NOTHING_TOUCHED, ROLLED_BACK, Scene, ended, server};
+use super::Scene;
 use crate::stage::LONG;
+use crate::stage::codes::{NOTHING_TOUCHED, ROLLED_BACK, ended};
+use crate::stage::redis::{self, MOVE};
 
 /// Redis grows by so much while it is moved.
 fn grow(scene: &Scene) {
-    let fill = || fill_redis(server(), 1, 24 << 20);
-    scene.stage.host(3).in_network(fill).unwrap().unwrap();
+    redis::fill(&scene.stage, 1, 24 << 20);
 }
 
 /// Between the check and the rounds.

@@ -5,23 +5,15 @@ mod liars;
 mod memory;
 mod twice;
 
-use std::net::SocketAddr;
-
 use haulier::checkpoint::{HOLD_AT, HOLD_UNTIL};
-use haulier_lab::workloads::{RedisClient, check_redis, fill_redis, start_redis};
-use haulier_lab::{Captured, Output, Process, ProcessInfo, Signal};
+use haulier_lab::workloads::RedisClient;
+use haulier_lab::{Captured, Process, ProcessInfo, Signal};
 
-use crate::stage::{LONG, MOVING_V4, Stage, eventually};
+use crate::stage::redis::{self, MOVE};
+use crate::stage::{GO, LONG, Stage, eventually};
 
 pub(crate) const HAULIER: &str = env!("CARGO_BIN_EXE_haulier");
-pub(crate) const MOVED: i32 = 0;
-pub(crate) const NOTHING_TOUCHED: i32 = 3;
-pub(crate) const ROLLED_BACK: i32 = 4;
-pub(crate) const NEEDS_YOU: i32 = 5;
-pub(crate) const MOVE: [&str; 2] = ["--move-ip", "10.77.0.100/24@eth0"];
 
-/// Ends a hold.
-const GO: &str = "/run/haulier-test-go";
 const SEED: u64 = 7;
 const DATA: u64 = 4 << 20;
 
@@ -35,14 +27,9 @@ pub(crate) struct Scene {
 impl Scene {
     pub(crate) fn set() -> Scene {
         let stage = Stage::set(3, HAULIER);
-        stage.give_addresses(1);
-        let redis = start_redis(stage.host(1), 6379).unwrap();
-        let observer = stage.host(3);
-        let fill = || fill_redis(server(), SEED, DATA);
-        observer.in_network(fill).unwrap().unwrap();
-        let client = observer.in_network(|| RedisClient::start(server()));
-        let client = client.unwrap().unwrap();
-        client.wait_for_operations(200, LONG).unwrap();
+        let redis = redis::start(&stage);
+        redis::fill(&stage, SEED, DATA);
+        let client = redis::client(&stage);
         Scene {
             stage,
             redis,
@@ -150,9 +137,7 @@ impl Scene {
         self.client.wait_for_operations(100, LONG).unwrap();
         let report = self.client.snapshot();
         assert_eq!(report.error_count, 0, "{:?}", report.errors);
-        let check = || check_redis(server(), SEED, DATA);
-        let check = self.stage.host(3).in_network(check).unwrap().unwrap();
-        assert_eq!(check.wrong, 0, "{:?}", check.first_wrong);
+        redis::assert_whole(&self.stage, SEED, DATA);
         for host in [1, 2] {
             let recover = self.stage.haulier(host).args(["recover", "--wait", "5"]);
             let said = recover.output(LONG).unwrap().success();
@@ -173,24 +158,4 @@ impl Scene {
             self.stage.assert_clean(host, but);
         }
     }
-}
-
-pub(crate) fn server() -> SocketAddr {
-    format!("{MOVING_V4}:6379").parse().unwrap()
-}
-
-#[track_caller]
-pub(crate) fn ended(migration: Captured, code: i32, words: &[&str]) -> String {
-    said(&migration.finish(LONG).unwrap(), code, words)
-}
-
-/// It ended like that, and told why.
-#[track_caller]
-pub(crate) fn said(output: &Output, code: i32, words: &[&str]) -> String {
-    let text = format!("{}{}", output.stdout, output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{text}");
-    for word in words {
-        assert!(text.contains(word), "no {word:?} in: {text}");
-    }
-    text
 }

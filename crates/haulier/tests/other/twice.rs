@@ -2,8 +2,10 @@
 
 use haulier_proto::message::{Requirements, Role, control};
 
-use super::{HAULIER, MOVE, MOVED, NOTHING_TOUCHED, Scene, ended, said};
+use super::{HAULIER, Scene};
 use crate::script::{Source, long};
+use crate::stage::codes::{MOVED, NOTHING_TOUCHED, ended, said};
+use crate::stage::redis::MOVE;
 use crate::stage::{LONG, Stage, eventually, start};
 
 #[test]

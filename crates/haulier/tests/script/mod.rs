@@ -3,6 +3,8 @@
 
 #![allow(dead_code, reason = "each test uses some of it")]
 
+pub(crate) mod scene;
+
 use std::thread::{self, JoinHandle};
 
 use haulier_proto::frame::Kind;

@@ -7,8 +7,10 @@
     reason = "each test uses some of it"
 )]
 
+pub mod codes;
 pub mod database;
 pub mod play;
+pub mod redis;
 pub mod sight;
 
 use std::path::{Path, PathBuf};
