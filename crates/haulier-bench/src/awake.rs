@@ -1,10 +1,11 @@
 //! Keeping the processors from sleeping.
 //!
 //! On a virtual machine an idle processor takes tens of microseconds to wake up. A closed-loop client
-//! of an idle machine is then slower than the same client beside a migration, and "normal" would be
-//! less than what is measured during the rounds. A kernel that is asked for no latency at all polls
+//! of an idle machine is then slower than the same client beside a migration, and "normal" is less
+//! than what is measured during the rounds. A kernel that is asked for no latency at all polls
 //! instead (seen with the haltpoll driver), for all phases and all contenders, and takes no time from
-//! anybody.
+//! anybody. On request only: with source, destination and client on the same two processors, a
+//! closed loop then uses both, and every moment of a migration is taken from it.
 
 use std::fs::File;
 use std::io::Write;

@@ -43,7 +43,7 @@ fn measure(
     touched: fn(&Bench) -> u64,
     run: fn(&mut Bench) -> Result<()>,
 ) -> Result<()> {
-    let _awake = Awake::keep();
+    let _awake = options.awake.then(Awake::keep);
     let settings = Settings::new(options)?;
     let record = Record::new(settings.json.clone(), sections::machine(&settings));
     let mut bench = Bench { settings, record };

@@ -53,6 +53,10 @@ pub(crate) struct Options {
     /// All raw figures go here [default: bench-memory.json in the folder above this program's]
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Keep idle processors awake, as on a machine that is used to the full: normal service is then
+    /// faster, and what a migration takes from it more
+    #[arg(long)]
+    pub(crate) awake: bool,
     /// haulier to measure [default: the one beside this program]
     #[arg(long, value_name = "PATH")]
     haulier: Option<PathBuf>,
