@@ -205,6 +205,32 @@ pub fn refuse(socket: impl AsFd) {
     let _ = rustix::net::shutdown(&socket, rustix::net::Shutdown::Write);
 }
 
+/// Has the dump behind this socket end with success, whatever was fetched: its tasks are killed.
+pub fn end(socket: impl AsFd) {
+    // Not closed: what has not been read would make it an error there.
+    let _ = rustix::net::shutdown(&socket, rustix::net::Shutdown::Write);
+}
+
+/// Waits until the page server that was told how to end has closed its side; what it still sends is thrown
+/// away.
+///
+/// # Errors
+/// [`PageServerError::Silent`] and [`PageServerError::Cancelled`].
+pub fn await_end(socket: impl AsFd, wait: &Wait) -> Result<(), PageServerError> {
+    // Not so that it fails: if it blocks after all, then until the same end.
+    let _ = rustix::io::ioctl_fionbio(&socket, true);
+    let mut buffer = [0; 4096];
+    loop {
+        match rustix::net::recv(&socket, &mut buffer, RecvFlags::empty()) {
+            Ok((_, 0)) => return Ok(()),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => wait.readable(&socket)?,
+            // Reset.
+            Err(_) => return Ok(()),
+        }
+    }
+}
+
 /// Connects to a page server that listens at `host:port`; nothing if none does yet.
 ///
 /// # Errors
@@ -269,6 +295,19 @@ mod tests {
         criu.write_all(&[0; 32]).unwrap();
         let error = ours.get(7, 0x1000, &mut [0; 4096], &soon()).unwrap_err();
         assert!(matches!(error, PageServerError::Answer(_)), "{error}");
+    }
+
+    #[test]
+    fn a_dump_that_is_ended_may_finish_what_it_says() {
+        let (ours, mut criu) = UnixStream::pair().unwrap();
+        criu.write_all(&[7; 10_000]).unwrap();
+        end(&ours);
+        assert_eq!(criu.read(&mut [0]).unwrap(), 0, "not an error");
+        let brief = Wait::uncancellable(Duration::from_millis(20));
+        let error = await_end(&ours, &brief).unwrap_err();
+        assert!(matches!(error, PageServerError::Silent), "{error}");
+        drop(criu);
+        await_end(&ours, &soon()).unwrap();
     }
 
     #[test]

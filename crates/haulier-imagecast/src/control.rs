@@ -29,6 +29,15 @@ pub enum ControlError {
     /// Nobody listens there.
     #[error("no image-proxy or image-cache serves this directory")]
     Nobody(#[from] LocalError),
+    /// The directory cannot be read.
+    #[error("cannot read {path}")]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
     /// It did not answer.
     #[error("no answer came")]
     Silent(#[source] io::Error),

@@ -321,6 +321,12 @@ impl Desk {
         self.with_left(dump, |left| left.first()).flatten()
     }
 
+    /// How the cache presents it.
+    pub(crate) fn snapshot(&self, dump: u64) -> u64 {
+        let state = self.state();
+        state.dumps.get(&dump).map_or(0, |d| d.delivered.snapshot)
+    }
+
     /// Whether a restore may have begun.
     pub(crate) fn may_run_elsewhere(&self, dump: u64) -> bool {
         let begun = |left: &mut LeftBehind| *left.phase() != Phase::Waiting;

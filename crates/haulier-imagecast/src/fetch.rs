@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -65,6 +66,8 @@ pub(crate) enum Server {
 pub(crate) struct Fetcher {
     pub(crate) desk: Arc<Desk>,
     pub(crate) target: ImageName,
+    /// Its dumps'.
+    pub(crate) directory: PathBuf,
     pub(crate) servers: Servers,
     pub(crate) keeper: Option<fn() -> io::Result<Command>>,
     pub(crate) stop: Cancel,
@@ -131,7 +134,7 @@ impl Fetcher {
 
     fn keep(&self) -> io::Result<Option<Keeper>> {
         self.keeper
-            .map(|command| Keeper::start(command()?))
+            .map(|command| Keeper::start(command()?, &self.target, &self.directory))
             .transpose()
     }
 
@@ -222,7 +225,7 @@ impl Fetcher {
                 None => {}
                 Some(Errand::Begin) => {
                     if let Some(keeper) = &keeper {
-                        if let Err(error) = keeper.begun() {
+                        if let Err(error) = keeper.begun(desk.snapshot(dump)) {
                             desk.fail(dump, &format!("the keeper of its end is gone: {error}"));
                             continue;
                         }
@@ -258,6 +261,10 @@ impl Fetcher {
                     self.hold(&why, keeper.as_ref());
                     while !self.stop.is_cancelled() && !is_closed(&server) {
                         thread::sleep(RETRY);
+                    }
+                    if !self.stop.is_cancelled() {
+                        tracing::info!("{} does not stand here any more", self.target);
+                        keeper.into_iter().for_each(Keeper::over);
                     }
                     desk.ended(dump);
                     return Ok(());
@@ -295,11 +302,17 @@ impl Fetcher {
     }
 
     fn hold(&self, why: &str, keeper: Option<&Keeper>) {
-        let keeper = keeper.map_or(0, Keeper::pid);
+        let how = match keeper.map(|keeper| keeper.doubt(why)) {
+            Some(Ok(())) => format!(
+                "To settle it: haulier image-proxy settle --dir {} --run-here, or --discard",
+                self.directory.display()
+            ),
+            _ => "Its keeper is gone: to have them run on here, kill -9 the criu that dumps them"
+                .to_owned(),
+        };
         tracing::error!(
             "{why}: it is not known whether {} runs at its destination, so its tasks stay here as \
-             they are, frozen. To have them run on here, kill -9 the criu that dumps them; to end \
-             them, kill -9 {keeper}",
+             they are, frozen. {how}",
             self.target
         );
     }

@@ -3,17 +3,21 @@
 //! To a page server of CRIU the end of its connection is success. So a keeper holds a duplicate: while
 //! it does there is no end. When the proxy goes without the word that all is over, the keeper has the
 //! dump fail if no restore can have begun, so that the tasks run on; otherwise it stays, and with it
-//! the tasks as they are, frozen, until a person ends CRIU (they run on) or the keeper (they are killed).
+//! the tasks as they are, frozen, until a person decides: it can be asked by [`crate::settle`].
 //! A page server that nobody has connected to yet it connects to itself.
 
+use std::ffi::OsStr;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::process::{Child, Command, Stdio};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::{self, Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use haulier_criu::page_server;
+use haulier_images::name::ImageName;
 use haulier_sys::pidfd::{PidfdFlags, pidfd_open};
 use haulier_sys::seclusion::seclude;
 use haulier_sys::wait::Wait;
@@ -25,34 +29,53 @@ use rustix::net::{
 };
 use rustix::process::Pid;
 
+use crate::control;
+use crate::local::LocalListener;
+use crate::message;
+use crate::settle::{self, Answer, MOVING, Question, Standing, Verdict};
+
 /// How long it may take to start.
 const START: Duration = Duration::from_secs(10);
 /// How long a dump is waited for of which it is not known whether it lives.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How often it is looked whether it listens.
 const RETRY: Duration = Duration::from_millis(20);
-/// Longest word: an address.
-const LONGEST: usize = 1024;
+/// How long CRIU may take to end once it is told how.
+const END: Duration = Duration::from_secs(60);
+/// How long who asks may take.
+const ASKING: Duration = Duration::from_secs(2);
+/// Longest word: a directory.
+const LONGEST: usize = 8192;
 
 const READY: u8 = b'r';
+/// Whose dump it is; the target's name and its directory follow.
+const PLACE: u8 = b'p';
 /// Where the page server will listen; the address follows.
 const SERVER: u8 = b's';
 /// Comes with the dump, as a pidfd.
 const DUMP: u8 = b'd';
 /// Comes with the connection to the page server.
 const HOLD: u8 = b'h';
-/// A restore may have begun.
+/// A restore may have begun; the number of the snapshot follows.
 const BEGUN: u8 = b'b';
+/// A person has to decide; the reason follows.
+const DOUBT: u8 = b'?';
 /// The dump's end is decided, and said to it.
 const OVER: u8 = b'o';
 
 /// What a keeper knows.
 #[derive(Default)]
 struct Known {
+    target: String,
+    directory: PathBuf,
     server: Option<String>,
     dump: Option<OwnedFd>,
     connection: Option<OwnedFd>,
-    begun: bool,
+    /// The snapshot whose restore has begun, and when.
+    begun: Option<(u64, Option<Instant>)>,
+    doubt: Option<String>,
+    /// Where people ask.
+    front: Option<LocalListener>,
 }
 
 /// The work of the process that [`crate::proxy::LazyPages::keeper`] starts: standard input is the
@@ -62,34 +85,161 @@ struct Known {
 /// What the socket says.
 pub(crate) fn run() -> io::Result<()> {
     let stdin = io::stdin();
-    let proxy = stdin.as_fd();
-    rustix::net::send(proxy, &[READY], SendFlags::NOSIGNAL)?;
+    rustix::net::send(stdin.as_fd(), &[READY], SendFlags::NOSIGNAL)?;
+    let mut proxy = Some(stdin.as_fd());
     let mut known = Known::default();
     loop {
-        match hear(proxy) {
-            Ok((word, _)) if word.first() == Some(&OVER) => return Ok(()),
-            Ok((word, fd)) => match word.split_first() {
-                Some((&SERVER, address)) => {
-                    known.server = String::from_utf8(address.to_vec()).ok();
-                }
-                Some((&DUMP, _)) => known.dump = fd,
-                Some((&HOLD, _)) => known.connection = fd,
-                Some((&BEGUN, _)) => known.begun = true,
-                _ => break,
-            },
-            Err(_) => break,
+        let [said, asked, ended] = known.wait(proxy)?;
+        if let (Some(from), true) = (proxy, said) {
+            let (word, fd) = hear(from).unwrap_or_default();
+            if word.first() == Some(&OVER) {
+                return Ok(());
+            }
+            if known.learn(&word, fd) {
+                continue;
+            }
+            // It is gone.
+            if known.begun.is_none() {
+                known.refuse();
+                return Ok(());
+            }
+            proxy = None;
+            let gone = "the image-proxy was ended";
+            known.doubt.get_or_insert_with(|| gone.to_owned());
+            known.listen();
+        }
+        if ended || (asked && known.answer()) {
+            return Ok(());
         }
     }
-    match (&known.connection, known.begun) {
-        (Some(connection), true) => return await_end(connection),
-        (Some(connection), false) => page_server::refuse(connection),
-        (None, _) => {
-            if let Some(connection) = known.server.and_then(|at| connect(&at, &known.dump)) {
-                page_server::refuse(connection);
+}
+
+impl Known {
+    /// Waits for the proxy, for one who asks, or for the end of CRIU where that is not the proxy's to see:
+    /// which of them it is.
+    fn wait(&self, proxy: Option<BorrowedFd<'_>>) -> io::Result<[bool; 3]> {
+        let connection = self.connection.as_ref().filter(|_| self.doubt.is_some());
+        let watched = [
+            (proxy, PollFlags::IN),
+            (self.front.as_ref().map(AsFd::as_fd), PollFlags::IN),
+            (connection.map(AsFd::as_fd), PollFlags::RDHUP),
+        ];
+        let mut fds: Vec<_> = watched
+            .iter()
+            .filter_map(|(fd, events)| Some(PollFd::from_borrowed_fd((*fd)?, *events)))
+            .collect();
+        loop {
+            match poll(&mut fds, None) {
+                Err(Errno::INTR) => {}
+                Ok(_) => break,
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        let mut happened = fds.iter().map(|fd| !fd.revents().is_empty());
+        Ok(watched.map(|(fd, _)| fd.is_some() && happened.next() == Some(true)))
+    }
+
+    /// Takes a word in. False if it is none.
+    fn learn(&mut self, word: &[u8], fd: Option<OwnedFd>) -> bool {
+        let Some((kind, rest)) = word.split_first() else {
+            return false;
+        };
+        match *kind {
+            PLACE => {
+                // No target's name has a slash, and the directory begins with one.
+                let slash = rest.iter().position(|byte| *byte == b'/');
+                let (target, directory) = rest.split_at(slash.unwrap_or(rest.len()));
+                self.target = String::from_utf8_lossy(target).into_owned();
+                self.directory = OsStr::from_bytes(directory).into();
+            }
+            SERVER => self.server = String::from_utf8(rest.to_vec()).ok(),
+            DUMP => self.dump = fd,
+            HOLD => self.connection = fd,
+            BEGUN => {
+                let snapshot = rest.try_into().map_or(0, u64::from_le_bytes);
+                self.begun = Some((snapshot, Some(Instant::now())));
+                self.listen();
+            }
+            DOUBT => {
+                self.doubt = Some(String::from_utf8_lossy(rest).into_owned());
+                self.listen();
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    /// Lets people ask. Where that cannot be had, they can still kill.
+    fn listen(&mut self) {
+        if self.front.is_none() {
+            let name = settle::socket_of(&self.name());
+            self.front = LocalListener::bind(&self.directory, &name).ok();
+        }
+    }
+
+    fn name(&self) -> String {
+        process::id().to_string()
+    }
+
+    /// Has the dump fail: no restore can have begun.
+    fn refuse(self) {
+        match self.connection {
+            Some(connection) => page_server::refuse(connection),
+            None => {
+                if let Some(connection) = self.server.and_then(|at| connect(&at, &self.dump)) {
+                    page_server::refuse(connection);
+                }
             }
         }
     }
-    Ok(())
+
+    /// Answers one who asks. Whether the dump has ended.
+    fn answer(&self) -> bool {
+        let Some(Ok(Some(socket))) = self.front.as_ref().map(LocalListener::accept) else {
+            return false;
+        };
+        let question = control::receive(&socket, &Wait::uncancellable(ASKING));
+        let answer = match question {
+            Ok(Question::Standing) => Answer::Standing(self.standing()),
+            Ok(Question::Settle(verdict)) => match self.settle(verdict) {
+                Ok(()) => Answer::Settled(self.standing()),
+                Err(why) => Answer::No(why),
+            },
+            Err(error) => Answer::No(format!("the question makes no sense: {error}")),
+        };
+        // Who does not wait for the answer does not want it.
+        let _ = control::send(&socket, &answer, &Wait::uncancellable(ASKING));
+        matches!(answer, Answer::Settled(_))
+    }
+
+    fn standing(&self) -> Standing {
+        let (snapshot, since) = self.begun.unwrap_or_default();
+        Standing {
+            name: self.name(),
+            target: self.target.clone(),
+            snapshot,
+            seconds: since.map_or(0, |since| since.elapsed().as_secs()),
+            doubt: self.doubt.clone(),
+        }
+    }
+
+    /// Has the dump end as a person says.
+    fn settle(&self, verdict: Verdict) -> Result<(), String> {
+        let (Some(connection), Some(_)) = (&self.connection, &self.doubt) else {
+            return Err(MOVING.to_owned());
+        };
+        match verdict {
+            Verdict::RunHere => page_server::refuse(connection),
+            Verdict::Discard => page_server::end(connection),
+        }
+        let wait = Wait::uncancellable(END);
+        let late = || "CRIU was told how to end, and has not ended; its log says why".to_owned();
+        page_server::await_end(connection, &wait).map_err(|_| late())?;
+        match &self.dump {
+            Some(dump) => wait.readable(dump).map_err(|_| late()),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A word, and what came with it; an empty one if the proxy is gone.
@@ -130,18 +280,6 @@ fn connect(address: &str, dump: &Option<OwnedFd>) -> Option<OwnedFd> {
     }
 }
 
-/// Waits until CRIU has ended.
-fn await_end(criu: &OwnedFd) -> io::Result<()> {
-    loop {
-        let mut fds = [PollFd::new(criu, PollFlags::RDHUP)];
-        match poll(&mut fds, None) {
-            Err(Errno::INTR) => {}
-            Ok(_) => return Ok(()),
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-}
-
 /// Whether the process of a pidfd has ended.
 pub(crate) fn has_ended(process: &OwnedFd) -> bool {
     let now = Timespec {
@@ -165,7 +303,13 @@ pub(crate) struct Keeper {
 }
 
 impl Keeper {
-    pub(crate) fn start(mut command: Command) -> io::Result<Keeper> {
+    /// For a dump of this target, whose directory it is.
+    pub(crate) fn start(
+        mut command: Command,
+        target: &ImageName,
+        directory: &Path,
+    ) -> io::Result<Keeper> {
+        let directory = std::path::absolute(directory)?;
         let flags = SocketFlags::CLOEXEC;
         let (ours, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
@@ -183,14 +327,14 @@ impl Keeper {
         let silent = || io::Error::new(io::ErrorKind::TimedOut, "it does not get ready");
         wait.readable(&keeper.socket).map_err(|_| silent())?;
         match rustix::net::recv(&keeper.socket, &mut [0], RecvFlags::empty())? {
-            (_, 1) => Ok(keeper),
-            _ => Err(silent()),
+            (_, 1) => {}
+            _ => return Err(silent()),
         }
-    }
-
-    /// Its pid.
-    pub(crate) fn pid(&self) -> u32 {
-        self.process.id()
+        let mut word = vec![PLACE];
+        word.extend(target.as_str().bytes());
+        word.extend(directory.as_os_str().as_encoded_bytes());
+        keeper.say(&word, None)?;
+        Ok(keeper)
     }
 
     /// The dump that it keeps will listen there.
@@ -208,9 +352,18 @@ impl Keeper {
         self.say(&[HOLD], Some(connection))
     }
 
-    /// A restore may begin.
-    pub(crate) fn begun(&self) -> io::Result<()> {
-        self.say(&[BEGUN], None)
+    /// A restore of this snapshot may begin.
+    pub(crate) fn begun(&self, snapshot: u64) -> io::Result<()> {
+        let mut word = vec![BEGUN];
+        word.extend(snapshot.to_le_bytes());
+        self.say(&word, None)
+    }
+
+    /// A person has to decide: people may ask now.
+    pub(crate) fn doubt(&self, why: &str) -> io::Result<()> {
+        let mut word = vec![DOUBT];
+        word.extend(message::reason(why).bytes());
+        self.say(&word, None)
     }
 
     /// The dump has been told how it ends.

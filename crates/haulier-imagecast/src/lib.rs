@@ -31,6 +31,7 @@ mod pages;
 pub mod proxy;
 mod serve;
 mod sessions;
+pub mod settle;
 mod store;
 mod stream;
 

@@ -31,7 +31,7 @@ pub struct LocalError {
 pub(crate) struct LocalListener {
     socket: OwnedFd,
     directory: OwnedFd,
-    name: &'static str,
+    name: String,
 }
 
 impl AsFd for LocalListener {
@@ -42,7 +42,7 @@ impl AsFd for LocalListener {
 
 impl LocalListener {
     /// Listens. A socket that a dead program left there is replaced, one of a living one is not.
-    pub(crate) fn bind(directory: &Path, name: &'static str) -> Result<LocalListener, LocalError> {
+    pub(crate) fn bind(directory: &Path, name: &str) -> Result<LocalListener, LocalError> {
         let path = directory.join(name);
         let failed = |doing, source: io::Error| LocalError {
             doing,
@@ -78,7 +78,7 @@ impl LocalListener {
         let this = LocalListener {
             socket,
             directory: folder,
-            name,
+            name: name.to_owned(),
         };
         rustix::net::listen(&this.socket, 64).map_err(|e| failed("listen on", e.into()))?;
         Ok(this)
@@ -111,12 +111,12 @@ pub(crate) fn passes(error: &io::Error) -> bool {
 impl Drop for LocalListener {
     fn drop(&mut self) {
         // Gone already if the directory was removed first.
-        let _ = rustix::fs::unlinkat(&self.directory, self.name, AtFlags::empty());
+        let _ = rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty());
     }
 }
 
 /// Connects to a socket in a directory; the connection does not block.
-pub(crate) fn connect(directory: &Path, name: &'static str) -> Result<OwnedFd, LocalError> {
+pub(crate) fn connect(directory: &Path, name: &str) -> Result<OwnedFd, LocalError> {
     let attempt = || -> Result<OwnedFd, Errno> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let folder = rustix::fs::open(directory, flags, Mode::empty())?;

@@ -144,6 +144,7 @@ pub fn run(
             door.fetcher = Some(Fetcher {
                 desk: Arc::clone(&desk),
                 target: target.clone(),
+                directory: directory.clone(),
                 servers,
                 keeper: lazy.keeper,
                 stop: stop.clone(),

@@ -15,6 +15,7 @@ use haulier::interrupt::cancel_on_signals;
 use haulier_imagecast::compress::Compression;
 use haulier_imagecast::control::Listing;
 use haulier_imagecast::link::{Key, Way};
+use haulier_imagecast::settle::{self, Standing, Verdict};
 use haulier_imagecast::{cache, proxy};
 use haulier_images::name::ImageName;
 use haulier_memory::lazy::guard;
@@ -26,6 +27,8 @@ use crate::cli::{host_and_port, time};
 
 /// The target of a directory that was given without a name.
 const DEFAULT_TARGET: &str = "main";
+/// How long a dump may take to end once it is settled.
+const SETTLING: Duration = Duration::from_secs(90);
 /// The action at which CRIU's dump can still be undone.
 const VOTE: &str = "post-dump";
 
@@ -60,6 +63,19 @@ pub(crate) struct ImageProxy {
 #[derive(Debug, Subcommand)]
 enum ProxyCommand {
     Wait(WaitArguments),
+    /// Show the dumps of a directory whose memory follows their restore, and those that stand frozen
+    /// until somebody settles them
+    ///
+    /// The image-proxy need not run for it.
+    List {
+        /// The dumps' directory
+        #[arg(long, value_name = "DIR")]
+        dir: PathBuf,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    Settle(SettleArguments),
     /// Hold the end of a dump whose memory follows: started by haulier itself
     #[command(hide = true)]
     Keep,
@@ -78,8 +94,9 @@ With --lazy-pages a dump's memory stays where it is until the restored processes
 follows them. It is not part of the delivery: when the restore begins, the processes depend on both
 hosts and the connection until everything has moved; then the dump ends. Until a restore begins, whatever
 fails has the processes run on at the source; so does a restore that fails before they ran. If the
-connection is lost for longer than --reconnect after that, the restored processes are killed and those
-at the source stay as they are, frozen, for a person to decide. A dump can be restored once.
+connection is lost for longer than --reconnect after that, or either side is killed, the restored
+processes are killed and those at the source stay as they are, frozen, until a person decides: haulier
+image-proxy list shows them, haulier image-proxy settle ends that. A dump can be restored once.
   web1# criu dump --stream -D /run/dump -t PID --lazy-pages --address 127.0.0.1 --port 9100
   web1# haulier image-proxy --to 10.0.0.2:7001 --dir /run/dump --lazy-pages --page-server 127.0.0.1:9100
   web2# haulier image-cache --listen 10.0.0.2:7001 --dir /run/restore --lazy-pages
@@ -105,6 +122,39 @@ struct WaitArguments {
     /// Longest time to wait
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = time)]
     timeout: Duration,
+}
+
+/// Settle a dump that only a person can settle: its memory could not follow its restore
+///
+/// Its processes stand frozen on this host. haulier never lets them run here while they may be running at the
+/// destination; who says that they do not had better know. "haulier image-cache list" says there how far the
+/// restore came: of "memory lost" nothing runs there, of "restored" everything does. The image-proxy need not
+/// run for it.
+#[derive(Debug, Args)]
+#[group(skip)]
+struct SettleArguments {
+    /// The dump's directory
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+    /// Which, as "haulier image-proxy list" names it [default: the only one]
+    name: Option<String>,
+    #[command(flatten)]
+    word: Word,
+}
+
+/// How it goes on.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct Word {
+    /// Let them run on here, from where they were frozen: criu dump fails. With this you say: they do
+    /// not run at the destination, and never will, whatever happens to that host. If they do, two of each
+    /// run, with the same addresses and files. What they did at the destination is lost
+    #[arg(long)]
+    run_here: bool,
+    /// Kill them here: criu dump succeeds. With this you say: they run at the destination, with all of
+    /// their memory, or are not needed any more. If they do not, they are gone
+    #[arg(long)]
+    discard: bool,
 }
 
 /// Keep images that an image-proxy sends, and serve "criu restore --stream"
@@ -260,6 +310,8 @@ fn me() -> Identity {
 pub(crate) fn image_proxy(arguments: &ImageProxy) -> anyhow::Result<()> {
     match &arguments.command {
         Some(ProxyCommand::Wait(arguments)) => return wait_for_delivery(arguments),
+        Some(ProxyCommand::List { dir, json }) => return list_standing(dir, *json),
+        Some(ProxyCommand::Settle(arguments)) => return settle_dump(arguments),
         Some(ProxyCommand::Keep) => return Ok(proxy::keep()?),
         None => {}
     }
@@ -309,6 +361,57 @@ fn wait_for_delivery(arguments: &WaitArguments) -> anyhow::Result<()> {
             "delivered as dump {}: {} images, {} bytes, of which {} had to be sent",
             delivered.snapshot, delivered.images, delivered.bytes, delivered.sent
         );
+    }
+    Ok(())
+}
+
+fn list_standing(directory: &Path, json: bool) -> anyhow::Result<()> {
+    let all = settle::list(directory)?;
+    if json {
+        println!("{}", serde_json::to_string(&all)?);
+        return Ok(());
+    }
+    for standing in all {
+        let Standing {
+            name,
+            target,
+            snapshot,
+            seconds,
+            doubt,
+        } = standing;
+        let how = match doubt {
+            None => "its memory follows".to_owned(),
+            Some(why) => format!(
+                "it stands frozen until somebody settles it ({why}): haulier image-proxy settle \
+                 --dir {} {name} --run-here, or --discard",
+                directory.display()
+            ),
+        };
+        println!("{name}  dump {snapshot} of {target}, restored since {seconds} s: {how}");
+    }
+    Ok(())
+}
+
+fn settle_dump(arguments: &SettleArguments) -> anyhow::Result<()> {
+    let verdict = match arguments.word.run_here {
+        true => Verdict::RunHere,
+        false => Verdict::Discard,
+    };
+    let stop = cancel_on_signals()?;
+    let wait = stop.wait(SETTLING);
+    let name = arguments.name.as_deref();
+    let settled =
+        settle::settle(&arguments.dir, name, verdict, &wait).context("the dump is not settled")?;
+    let (snapshot, target) = (settled.snapshot, settled.target);
+    match verdict {
+        Verdict::RunHere => println!(
+            "dump {snapshot} of {target} is settled, on your word that its processes run nowhere else \
+             and never will: they run on here"
+        ),
+        Verdict::Discard => println!(
+            "dump {snapshot} of {target} is settled, on your word that its processes run at the \
+             destination or are not needed: they are removed here"
+        ),
     }
     Ok(())
 }
@@ -449,6 +552,9 @@ mod tests {
             "haulier image-proxy --connection-fd 3 --dir /run/dump --reconnect 5s",
             "haulier image-proxy --to web2:7001 --dir a=/x --dir b=/y --lazy-pages --page-server a=127.0.0.1:9100",
             "haulier image-proxy wait --dir /run/dump --taken",
+            "haulier image-proxy list --dir /run/dump --json",
+            "haulier image-proxy settle --dir /run/dump --run-here",
+            "haulier image-proxy settle --dir /run/dump 4711 --discard",
             "haulier image-cache --listen [::]:7001 --dir /run/restore --lazy-pages",
             "haulier image-cache --listen [::]:7001 --dir /run/restore --spill /var/tmp",
             "haulier image-cache save --dir /run/restore /tmp/images",
@@ -463,6 +569,9 @@ mod tests {
             "haulier image-proxy --to web2:7001 --dir /x --page-server 127.0.0.1:9100",
             "haulier image-proxy --to web2:7001 --listen :1 --dir /x",
             "haulier image-proxy --connection-fd 1 --dir /x",
+            "haulier image-proxy settle --dir /x",
+            "haulier image-proxy settle --dir /x --run-here --discard",
+            "haulier image-proxy settle --run-here",
             "haulier image-cache --listen 0.0.0.0:7001 --dir ../a=/x",
             "haulier image-cache --listen 0.0.0.0:7001 --dir a=",
             "haulier image-cache --listen 0.0.0.0:7001 --dir /x --keep 0",

@@ -7,7 +7,7 @@ mod stage;
 use std::fs;
 
 use cast::{Cast, Counter};
-use haulier_lab::{Captured, HostCommand, Signal};
+use haulier_lab::{Captured, HostCommand, Output, Signal};
 use stage::play::tree_of;
 use stage::{LONG, eventually, lab_program, start};
 
@@ -83,18 +83,67 @@ impl Between {
         }
     }
 
-    /// It is gone from host 2, and stands on host 1 until a person has it run on.
-    fn left_to_a_person(self) {
+    /// It is gone from host 2, and stands on host 1 until a person decides. `why`: what the person is
+    /// told.
+    fn left_to_a_person(&self, why: &str) {
         let host = |number| self.cast.stage.host(number);
         let pid = self.counter.pid;
         eventually("nothing of it runs without its memory", || {
             !host(2).process_alive(pid)
         });
+        let mut waits = serde_json::Value::Null;
+        eventually("it can be found", || {
+            waits = self.list();
+            waits[0]["doubt"].is_string()
+        });
+        assert_eq!(waits.as_array().map(Vec::len), Some(1), "{waits}");
+        assert_eq!(
+            (&waits[0]["target"], &waits[0]["snapshot"]),
+            (&"main".into(), &1.into())
+        );
+        assert!(waits[0]["doubt"].as_str().unwrap().contains(why), "{waits}");
         assert!(host(1).process_alive(pid), "the last copy");
         let before = fs::read(&self.counter.report).unwrap();
-        self.dump.process.kill(Signal::KILL).unwrap();
-        assert_eq!(before, fs::read(&self.counter.report).unwrap(), "it stood");
+        // A word is needed.
+        assert!(!self.settle(&[]).status.success());
+        let other = self.settle(&["1", "--run-here"]);
+        assert!(other.stderr.contains("is called 1"), "{}", other.stderr);
+        assert!(host(1).process_alive(pid));
+        assert_eq!(before, fs::read(&self.counter.report).unwrap(), "it stands");
+    }
+
+    fn runs_on_here(self) {
+        let said = self.settle(&["--run-here"]).success();
+        assert!(said.contains("they run on here"), "{said}");
         self.counter.goes_on();
+        assert!(self.cast.stage.host(1).process_alive(self.counter.pid));
+        assert_eq!(self.list(), serde_json::json!([]));
+        assert!(!self.dump.finish(LONG).unwrap().status.success());
+        let again = self.cast.stage.haulier(1).args(["image-proxy", "settle"]);
+        let again = again.args(["--dir", "/srv/images", "--run-here"]);
+        assert!(!again.output(LONG).unwrap().status.success());
+    }
+
+    fn given_up(self) {
+        let said = self.settle(&["--discard"]).success();
+        assert!(said.contains("removed here"), "{said}");
+        let pid = self.counter.pid;
+        assert!(!self.cast.stage.host(1).process_alive(pid), "it is over");
+        assert_eq!(self.list(), serde_json::json!([]));
+        self.cast.dumped(self.dump.finish(LONG).unwrap());
+    }
+
+    /// What `haulier image-proxy list` says.
+    fn list(&self) -> serde_json::Value {
+        let list = self.cast.stage.haulier(1).args(["image-proxy", "list"]);
+        let list = list.args(["--dir", "/srv/images", "--json"]);
+        serde_json::from_str(&list.output(LONG).unwrap().success()).unwrap()
+    }
+
+    fn settle(&self, word: &[&str]) -> Output {
+        let settle = self.cast.stage.haulier(1).args(["image-proxy", "settle"]);
+        let settle = settle.args(["--dir", "/srv/images"]).args(word);
+        settle.output(LONG).unwrap()
     }
 }
 
@@ -216,24 +265,24 @@ fn memory_goes_on_following_over_a_new_connection() {
     assert!(said.matches("sends images").count() >= 2, "{said}");
 }
 
-#[test]
-fn a_cache_that_is_killed_in_the_middle_leaves_the_frozen_source_to_a_person() {
+/// Either side is killed in the middle.
+fn without_cache() -> Between {
     let between = Between::new();
+    let moving = between.list();
+    assert!(moving[0]["doubt"].is_null(), "{moving}");
+    let early = between.settle(&["--discard"]);
+    let plain = "nothing is to be settled";
+    assert!(early.stderr.contains(plain), "{}", early.stderr);
     between.cache.process.kill(Signal::KILL).unwrap();
     let proxy = &between.proxy;
     proxy
         .wait_for_output("it is not known whether main runs at its destination", LONG)
         .unwrap();
-    let said = proxy.stderr().unwrap();
-    assert!(
-        said.contains("the connection to the image-cache was lost"),
-        "{said}"
-    );
-    between.left_to_a_person();
+    between.left_to_a_person("the connection to the image-cache was lost");
+    between
 }
 
-#[test]
-fn a_proxy_that_is_killed_in_the_middle_does_not_end_the_dump() {
+fn without_proxy() -> Between {
     let between = Between::new();
     between.proxy.process.kill(Signal::KILL).unwrap();
     let cache = &between.cache;
@@ -245,7 +294,28 @@ fn a_proxy_that_is_killed_in_the_middle_does_not_end_the_dump() {
         said.contains("the connection to the image-proxy was lost"),
         "{said}"
     );
-    between.left_to_a_person();
+    between.left_to_a_person("the image-proxy was ended");
+    between
+}
+
+#[test]
+fn without_its_cache_a_process_runs_on_at_its_source_when_a_person_says_so() {
+    without_cache().runs_on_here();
+}
+
+#[test]
+fn without_its_cache_a_process_is_given_up_when_a_person_says_so() {
+    without_cache().given_up();
+}
+
+#[test]
+fn without_its_proxy_a_process_runs_on_at_its_source_when_a_person_says_so() {
+    without_proxy().runs_on_here();
+}
+
+#[test]
+fn without_its_proxy_a_process_is_given_up_when_a_person_says_so() {
+    without_proxy().given_up();
 }
 
 #[test]
