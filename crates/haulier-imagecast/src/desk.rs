@@ -14,7 +14,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use thiserror::Error;
 
 use crate::control::Delivered;
-use crate::left::{Errand, LeftBehind, Phase};
+use crate::left::{Errand, LeftBehind, Phase, Room};
 use crate::link::{self, SessionId};
 use crate::message::session::Body;
 use crate::message::{
@@ -341,7 +341,10 @@ impl Desk {
                 Stage::Failed(why) => return Some(Errand::Refuse(why.0.clone())),
                 stage => *stage == Stage::Released,
             };
-            let room = state.up.is_some() && state.outbox.has_room_for_pages();
+            let room = Room {
+                urgent: state.outbox.has_room_for_urgent(),
+                others: state.up.is_some() && state.outbox.has_room_for_pages(),
+            };
             let left = state.dumps.get_mut(&dump)?.left.as_mut()?;
             let errand = if released { left.next(room) } else { None };
             if errand.is_some() || last || self.stop.is_cancelled() {
@@ -736,3 +739,6 @@ fn wake(fd: &OwnedFd) {
     // Its count is taken down by the dump; a failed write means that it has to look anyway.
     let _ = rustix::io::write(fd, &1_u64.to_ne_bytes());
 }
+
+#[cfg(test)]
+mod tests;

@@ -212,8 +212,9 @@ impl Intake {
             }
             Body::Over(over) => {
                 if let Some(lazy) = self.lazies.remove(&over.snapshot) {
-                    if lazy.lost(&over.reason) {
-                        fail(&self.store, lazy.key(), &over.reason);
+                    let why = message::reason(&over.reason);
+                    if lazy.lost(&why) {
+                        fail(&self.store, lazy.key(), &why);
                     }
                 }
                 Ok(())
@@ -470,7 +471,7 @@ impl Intake {
         self.images
             .retain(|_, open| open.snapshot != abort.snapshot);
         if let Some(snapshot) = self.snapshots.remove(&abort.snapshot) {
-            fail(&self.store, &snapshot.key, &abort.reason);
+            fail(&self.store, &snapshot.key, &message::reason(&abort.reason));
             self.drop_bank(&snapshot.key.target);
         }
         Ok(())

@@ -229,6 +229,17 @@ impl Lazy {
         })
     }
 
+    /// Pages may come, into so many bytes. What they take.
+    #[cfg(test)]
+    pub(crate) fn goes_with(&self, room: u64) -> Arc<PageStore> {
+        let mut state = self.state();
+        state.phase = Phase::Going;
+        let store = state
+            .pages
+            .get_or_insert_with(|| Arc::new(PageStore::new(room)));
+        Arc::clone(store)
+    }
+
     // What restores do.
 
     /// A restore begins, the only one.

@@ -47,6 +47,15 @@ pub(crate) enum Errand {
     Hold(String),
 }
 
+/// Which pages there is room for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Room {
+    /// Those that tasks wait for.
+    pub(crate) urgent: bool,
+    /// Those that nobody waits for.
+    pub(crate) others: bool,
+}
+
 /// The pages of a dump.
 #[derive(Debug)]
 pub(crate) struct LeftBehind {
@@ -148,8 +157,8 @@ impl LeftBehind {
         }
     }
 
-    /// What is to be done next, if anything. `room`: for pages that nobody waits for.
-    pub(crate) fn next(&mut self, room: bool) -> Option<Errand> {
+    /// What is to be done next, if anything.
+    pub(crate) fn next(&mut self, room: Room) -> Option<Errand> {
         match &self.phase {
             Phase::Placed => return Some(Errand::Finish),
             Phase::Returned(why) => return Some(Errand::Refuse(why.clone())),
@@ -157,12 +166,14 @@ impl LeftBehind {
             Phase::Waiting => return self.wanted.then_some(Errand::Begin),
             Phase::Begun | Phase::Restored => {}
         }
-        while let Some((task, page)) = self.urgent.pop_front() {
-            if let Some(range) = self.run_at(task, page) {
-                return Some(Errand::Get(task, range, true));
+        if room.urgent {
+            while let Some((task, page)) = self.urgent.pop_front() {
+                if let Some(range) = self.run_at(task, page) {
+                    return Some(Errand::Get(task, range, true));
+                }
             }
         }
-        if self.phase != Phase::Restored || !room {
+        if self.phase != Phase::Restored || !room.others {
             return None;
         }
         let (task, set) = self.todo.iter().find(|(_, set)| !set.is_empty())?;
@@ -202,6 +213,15 @@ impl LeftBehind {
 mod tests {
     use super::*;
 
+    const URGENT: Room = Room {
+        urgent: true,
+        others: false,
+    };
+    const ALL: Room = Room {
+        urgent: true,
+        others: true,
+    };
+
     fn left() -> LeftBehind {
         let mut left = LeftBehind::new(true);
         let range = |start, pages| PageRange {
@@ -218,27 +238,32 @@ mod tests {
     fn a_page_that_is_waited_for_comes_first_and_once() {
         let mut left = left();
         left.fault(7, &[150 * PAGE, 1]);
-        assert_eq!(left.next(true), None, "nobody has begun");
+        assert_eq!(left.next(ALL), None, "nobody has begun");
         left.want();
-        assert_eq!(left.next(false), Some(Errand::Begin));
+        assert_eq!(left.next(URGENT), Some(Errand::Begin));
         assert!(left.begin());
-        let Some(Errand::Get(7, range, true)) = left.next(false) else {
+        let none = Room {
+            urgent: false,
+            others: false,
+        };
+        assert_eq!(left.next(none), None, "it can wait");
+        let Some(Errand::Get(7, range, true)) = left.next(URGENT) else {
             panic!("not asked for")
         };
         assert_eq!((range.start, range.pages), (150 * PAGE, AROUND));
         left.fetched(7, range);
         left.fault(7, &[150 * PAGE, 151 * PAGE]);
-        assert_eq!(left.next(true), None, "it is on its way");
+        assert_eq!(left.next(ALL), None, "it is on its way");
         left.restored();
         let mut pages = 0;
-        while let Some(Errand::Get(task, range, false)) = left.next(true) {
+        while let Some(Errand::Get(task, range, false)) = left.next(ALL) {
             assert!(range.pages <= CHUNK);
             pages += range.pages;
             left.fetched(task, range);
         }
         assert_eq!((pages, left.pages()), (201 - AROUND, 0));
         left.placed();
-        assert_eq!(left.next(false), Some(Errand::Finish));
+        assert_eq!(left.next(URGENT), Some(Errand::Finish));
     }
 
     #[test]
@@ -247,26 +272,26 @@ mod tests {
         let hold = |text: &str| Some(Errand::Hold(text.to_owned()));
         let mut never_begun = left();
         never_begun.fail("lost");
-        assert_eq!(never_begun.next(true), refuse("lost"));
+        assert_eq!(never_begun.next(ALL), refuse("lost"));
         assert!(!never_begun.begin(), "too late");
 
         let mut begun = left();
         begun.begin();
         begun.fail("lost");
-        assert_eq!(begun.next(true), hold("lost"));
+        assert_eq!(begun.next(ALL), hold("lost"));
         begun.placed();
         begun.gave_up("never ran", false);
-        assert_eq!(begun.next(true), hold("lost"), "the first word counts");
+        assert_eq!(begun.next(ALL), hold("lost"), "the first word counts");
 
         let mut failed = left();
         failed.begin();
         failed.gave_up("CRIU", false);
-        assert_eq!(failed.next(true), refuse("CRIU"));
+        assert_eq!(failed.next(ALL), refuse("CRIU"));
 
         let mut placed = left();
         placed.begin();
         placed.placed();
         placed.fail("lost");
-        assert_eq!(placed.next(true), Some(Errand::Finish));
+        assert_eq!(placed.next(ALL), Some(Errand::Finish));
     }
 }

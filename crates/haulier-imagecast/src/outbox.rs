@@ -144,6 +144,9 @@ pub(crate) struct Outbox {
     messages: VecDeque<(Frame, Option<u64>)>,
     /// Pages that tasks wait for, which go before everything.
     urgent: VecDeque<Frame>,
+    urgent_bytes: usize,
+    /// Some of the room is for those.
+    lazy: bool,
     /// Pages that were left behind and that nobody waits for, in turn with images.
     pushed: VecDeque<Frame>,
     /// It was the turn of an image.
@@ -190,6 +193,8 @@ impl Outbox {
             ring: VecDeque::new(),
             messages: VecDeque::new(),
             urgent: VecDeque::new(),
+            urgent_bytes: 0,
+            lazy: false,
             pushed: VecDeque::new(),
             image_was_next: false,
             queued: 0,
@@ -244,7 +249,8 @@ impl Outbox {
 
     /// Whether there is room for a part of an image.
     pub(crate) fn has_room(&self) -> bool {
-        self.queued < self.limit
+        let urgent = if self.lazy { self.urgent_limit() } else { 0 };
+        self.queued < self.limit - urgent
     }
 
     /// A part of an image. What comes of an image that is no longer wanted is dropped.
@@ -308,6 +314,16 @@ impl Outbox {
         self.pushed.len() < PUSHED
     }
 
+    /// Whether there is room for pages that tasks wait for: a cache may ask for all there are and take
+    /// none.
+    pub(crate) fn has_room_for_urgent(&self) -> bool {
+        self.urgent_bytes < self.urgent_limit()
+    }
+
+    fn urgent_limit(&self) -> usize {
+        self.limit / 4
+    }
+
     /// Pages that were left behind.
     pub(crate) fn pages(&mut self, pages: &LazyPages, contents: Vec<u8>, urgent: bool) {
         let frame = Frame {
@@ -316,7 +332,9 @@ impl Outbox {
             parts: std::iter::once(0..contents.len()).collect(),
             data: contents,
         };
+        self.lazy = true;
         if urgent {
+            self.urgent_bytes += frame.cost();
             self.urgent.push_back(frame);
         } else {
             self.pushed.push_back(frame);
@@ -385,6 +403,15 @@ impl Outbox {
             .collect()
     }
 
+    /// Bytes that it takes in all.
+    #[cfg(test)]
+    pub(crate) fn held(&self) -> usize {
+        let frames = self.urgent.iter().chain(&self.pushed);
+        let messages = self.messages.iter().map(|(frame, _)| frame);
+        let frames = frames.chain(messages).map(Frame::cost).sum::<usize>();
+        self.queued + frames + self.unacknowledged_bytes
+    }
+
     /// Whether a message is to be sent, now that no image will be.
     pub(crate) fn has_messages(&self) -> bool {
         !self.messages.is_empty()
@@ -396,6 +423,7 @@ impl Outbox {
 
     fn make(&mut self) -> Option<Frame> {
         if let Some(frame) = self.urgent.pop_front() {
+            self.urgent_bytes -= frame.cost();
             return Some(frame);
         }
         if let Some((frame, release_of)) = self.messages.pop_front() {

@@ -65,7 +65,35 @@ impl LazyPages {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// Whatever comes, it is nothing or whole pages at an address that exists.
+        #[test]
+        fn a_hostile_body_is_refused_or_whole(
+            long in (any::<u64>(), any::<u32>(), any::<u64>(), 0_u32..3),
+            start in prop_oneof![any::<u64>(), (0_u64..1 << 52).prop_map(|page| page << 12)],
+            length in 0_usize..3 * PAGE,
+        ) {
+            let (snapshot, task, noise, few) = long;
+            let count = if noise % 2 == 0 { few | (noise as u32 & ZERO) } else { noise as u32 };
+            let mut body = snapshot.to_le_bytes().to_vec();
+            body.extend(task.to_le_bytes());
+            body.extend(count.to_le_bytes());
+            body.extend(start.to_le_bytes());
+            let whole = noise % 3 == 0;
+            body.resize(HEAD + if whole { length / PAGE * PAGE } else { length }, 1);
+            body.truncate(HEAD + length - if noise % 5 == 0 { length.min(HEAD) } else { 0 });
+            if let Ok((pages, contents)) = LazyPages::decode(&body) {
+                prop_assert!(pages.range.is_valid() && pages.range.pages <= MOST);
+                let literal = if pages.zero { 0 } else { pages.range.pages };
+                prop_assert_eq!(contents.len() as u64, literal * PAGE as u64);
+                prop_assert_eq!(&body[..HEAD], &pages.head()[..]);
+            }
+        }
+    }
 
     #[test]
     fn a_head_comes_back_and_nonsense_is_refused() {

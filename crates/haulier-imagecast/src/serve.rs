@@ -41,6 +41,12 @@ pub(crate) enum ServeError {
     /// It does not know that memory is missing.
     #[error("the dump left its memory at the source: criu restore needs --lazy-pages")]
     NotLazy,
+    /// It expects memory from elsewhere.
+    #[error(
+        "all memory of the dump is in its images: criu restore needs no --lazy-pages for it, and there is \
+         no lazy-pages daemon"
+    )]
+    NothingLeft,
     /// It is not known where it looks for the daemon.
     #[error("CRIU is in another PID namespace, or gone: its work directory cannot be found")]
     WorkDirectory,
@@ -117,6 +123,10 @@ pub(crate) fn restore(
                     return Err(ServeError::NotLazy);
                 }
                 (Some(_), None) if is_memory(&name) => return Err(ServeError::NotLazy),
+                // It would fail, with less to be understood in its log.
+                (None, _) if name.as_str() == INVENTORY && connection.lacks_daemon() => {
+                    return Err(ServeError::NothingLeft);
+                }
                 _ => {}
             }
             connection.answer(true)?;

@@ -10,6 +10,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
+use haulier_criu::lazy_socket::SOCKET_NAME;
 use haulier_images::name::{BadName, ImageName};
 use prost::Message;
 use rustix::io::Errno;
@@ -209,6 +210,23 @@ impl Connection {
         // Of another PID namespace there is nothing to be seen.
         std::fs::metadata(&path).ok()?;
         Some(path.into())
+    }
+
+    /// Whether CRIU was told to leave memory to a lazy-pages daemon, as far as its command line shows, and
+    /// there is none where it looks.
+    pub(crate) fn lacks_daemon(&self) -> bool {
+        let command = self.peer().and_then(|pid| {
+            // A process that has gone will not miss it.
+            std::fs::read(format!("/proc/{pid}/cmdline")).ok()
+        });
+        let command = command.unwrap_or_default();
+        let told = command
+            .split(|byte| *byte == 0)
+            .any(|word| word == b"--lazy-pages");
+        let socket = self
+            .work_directory()
+            .map(|directory| directory.join(SOCKET_NAME));
+        told && socket.is_some_and(|socket| !socket.exists())
     }
 
     /// Whether the peer has gone.

@@ -424,3 +424,46 @@ fn memory_is_left_behind_only_if_both_sides_were_told() {
     let plain = "the image-proxy runs without --lazy-pages";
     assert!(said.contains(plain), "{said}");
 }
+
+#[test]
+fn a_dump_that_left_nothing_behind_is_restored_without_lazy_pages_only() {
+    let cast = Cast::new();
+    let counter = cast.counter(16);
+    let cache = lazy_cache(&cast, &[]);
+    let _proxy = lazy_proxy(&cast, &[]);
+    cast.dumped(cast.dump_with_vote(counter.pid, &[]).output(LONG).unwrap());
+    for _ in 0..2 {
+        assert!(!lazy_restore(&cast).output(LONG).unwrap().status.success());
+        assert!(!cast.stage.host(2).process_alive(counter.pid));
+    }
+    cache
+        .wait_for_output("criu restore needs no --lazy-pages for it", LONG)
+        .unwrap();
+    cast.restored(cast.restore("/srv/images", &[]).output(LONG).unwrap());
+    counter.goes_on();
+}
+
+#[test]
+fn a_dump_whose_memory_is_elsewhere_is_not_saved() {
+    let cast = Cast::new();
+    let counter = cast.counter(16);
+    let cache = lazy_cache(&cast, &[]);
+    let _proxy = lazy_proxy(&cast, &[]);
+    let dump = cast.dump_with_vote(counter.pid, &LEAVING);
+    let dump = dump.spawn_captured().unwrap();
+    cache
+        .wait_for_output("snapshot 1 of main waits", LONG)
+        .unwrap();
+    for file in ["/srv/saved", "/srv/saved.tar"] {
+        let save = cast.stage.haulier(2).args(["image-cache", "save", file]);
+        let save = save.args(["--dir", "/srv/images"]).output(LONG).unwrap();
+        assert!(!save.status.success());
+        assert!(save.stderr.contains("memory"), "{}", save.stderr);
+        let there = cast.stage.host(2).shell(&format!("ls -A {file} | wc -l"));
+        assert_eq!(there.unwrap().stdout.trim(), "0");
+    }
+    // It does no harm to the dump.
+    cast.restored(lazy_restore(&cast).output(LONG).unwrap());
+    cast.dumped(dump.finish(LONG).unwrap());
+    counter.goes_on();
+}

@@ -3,17 +3,23 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::message::{Ack, Session};
+use crate::message::{Ack, Fault, GaveUp, Go, Over, Placed, Restored, Session, Wanted};
 use crate::store::Pool;
+use haulier_memory::page::PageRange;
+use haulier_sys::wait::Wait;
 
 const MEMORY: u64 = 1 << 20;
 
 fn intake() -> Intake {
+    intake_that_is_lazy(false)
+}
+
+fn intake_that_is_lazy(lazy: bool) -> Intake {
     let target = ImageName::new("a").unwrap();
     Intake::new(
         Arc::new(Store::new(Pool::new(MEMORY), [target], 3)),
         Arc::default(),
-        false,
+        lazy,
     )
 }
 
@@ -363,5 +369,142 @@ proptest! {
             store.forget(&info.key).unwrap();
         }
         prop_assert_eq!(store.pool().used().0, 0);
+    }
+}
+
+/// Room for pages that come lazily: a frame of the longest fits, and not two.
+const LAZY_ROOM: u64 = 2 << 20;
+
+fn lazy_pages(snapshot: u64, task: u32, first: u64, pages: u64, zero: bool) -> Frame {
+    let pages = LazyPages {
+        snapshot,
+        task,
+        range: PageRange {
+            start: first << 12,
+            pages,
+        },
+        zero,
+    };
+    let mut body = pages.head().to_vec();
+    if !zero {
+        body.resize(body.len() + pages.range.pages as usize * PAGE, 5);
+    }
+    (Kind::LazyPages, body)
+}
+
+/// What is said of memory that is left behind, by either side; some of it damaged.
+fn lazy_frame() -> impl Strategy<Value = Frame> {
+    let snapshot = 0_u64..3;
+    let reason = prop::sample::select(vec!["", "so"]).prop_map(str::to_owned);
+    let body = prop_oneof![
+        4 => snapshot.clone().prop_map(|snapshot| Body::Left(Left { snapshot })),
+        4 => snapshot.clone().prop_map(|snapshot| Body::Go(Go { snapshot })),
+        2 => (snapshot.clone(), reason.clone())
+            .prop_map(|(snapshot, reason)| Body::Over(Over { snapshot, reason })),
+        1 => prop_oneof![
+            snapshot.clone().prop_map(|snapshot| Body::Wanted(Wanted { snapshot })),
+            snapshot.clone().prop_map(|snapshot| Body::Restored(Restored { snapshot })),
+            snapshot.clone().prop_map(|snapshot| Body::Placed(Placed { snapshot })),
+            (snapshot.clone(), reason, any::<bool>()).prop_map(|(snapshot, reason, ran)| {
+                Body::GaveUp(GaveUp { snapshot, reason, ran })
+            }),
+            (snapshot.clone(), any::<u32>(), prop::collection::vec(any::<u64>(), 0..5)).prop_map(
+                |(snapshot, task, pages)| Body::Fault(Fault { snapshot, task, pages })
+            ),
+        ],
+    ];
+    let first = prop_oneof![0_u64..300, any::<u64>()];
+    let pages = (snapshot, 0_u32..3, first, 0_u64..260, any::<bool>());
+    let whole = prop_oneof![
+        body.prop_map(session),
+        pages.prop_map(|(s, task, first, pages, zero)| lazy_pages(s, task, first, pages, zero)),
+    ];
+    (whole, prop::option::weighted(0.1, any::<(usize, u8)>())).prop_map(
+        |((kind, mut body), damage)| {
+            if let (Some((at, with)), false) = (damage, body.is_empty()) {
+                let at = at % body.len().min(40);
+                body[at] ^= with;
+            }
+            (kind, body)
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    /// Whatever comes of memory that is left behind, whether a restore goes on or not: nothing panics, what
+    /// there is room for is not passed, no dump that is not complete is held, and in the end everything is
+    /// given back.
+    #[test]
+    fn hostile_frames_of_memory_that_is_left_behind_do_no_harm(
+        frames in prop::collection::vec(
+            prop_oneof![3 => lazy_frame(), 2 => frame(), 1 => (0_u64..3).prop_map(|s| begin(s, "a"))],
+            0..60,
+        ),
+        restored in any::<u64>(),
+    ) {
+        let mut intake = intake_that_is_lazy(true);
+        let mut stores = Vec::new();
+        for (index, (kind, body)) in frames.iter().enumerate() {
+            if *kind == Kind::LazyPages {
+                // As a connection does, with less patience.
+                let lazy = intake.lazy_of(body);
+                let wait = Wait::uncancellable(std::time::Duration::ZERO);
+                if lazy.is_some_and(|lazy| lazy.await_room(&wait).is_err()) {
+                    break;
+                }
+            }
+            if intake.frame(*kind, body).is_err() {
+                break;
+            }
+            for (number, lazy) in &intake.lazies {
+                if restored >> ((index as u64 + number) % 64) & 1 == 1 && !lazy.is_over() {
+                    stores.push(lazy.goes_with(LAZY_ROOM));
+                }
+            }
+            prop_assert!(stores.iter().all(|store| store.used() <= LAZY_ROOM));
+            prop_assert!(intake.store.pool().used().1 <= MEMORY);
+            prop_assert!(intake.said().len() <= 2 * frames.len());
+        }
+        let store = Arc::clone(&intake.store);
+        intake.lost("the end");
+        prop_assert!(intake.lazies.is_empty());
+        drop(intake);
+        for info in store.list() {
+            if matches!(info.state, State::Held | State::Released) {
+                for (_, image) in store.images(&info.key) {
+                    let end = image.next(usize::MAX, 1, std::time::Duration::ZERO);
+                    prop_assert!(matches!(end, crate::store::Next::End));
+                }
+            }
+            store.forget(&info.key).unwrap();
+        }
+        prop_assert_eq!(store.pool().used().0, 0);
+    }
+}
+
+#[test]
+fn pages_that_nobody_places_wait_at_the_proxy() {
+    let mut intake = intake_that_is_lazy(true);
+    let left = session(Body::Left(Left { snapshot: 1 }));
+    take(&mut intake, &[begin(1, "a"), left]).unwrap();
+    for zero in [false, true] {
+        let store = intake.lazies[&1].goes_with(LAZY_ROOM);
+        let mut frames = 0;
+        let now = Wait::uncancellable(std::time::Duration::ZERO);
+        loop {
+            // Each page on its own, so that each takes an entry of its own.
+            let frame = lazy_pages(1, 7, 2 * frames, 1, zero);
+            if intake.lazy_of(&frame.1).unwrap().await_room(&now).is_err() {
+                break;
+            }
+            take(&mut intake, &[frame]).unwrap();
+            assert!(store.used() <= LAZY_ROOM);
+            frames += 1;
+        }
+        assert!(frames > 200);
+        // As the daemon does.
+        store.retain(7, &[]);
     }
 }
