@@ -452,7 +452,7 @@ impl Intake {
 
     /// Whose pages these are.
     pub(crate) fn lazy_of(&self, body: &[u8]) -> Option<Arc<Lazy>> {
-        let (pages, _) = LazyPages::decode(body).ok()?;
+        let (pages, ..) = LazyPages::head_of(body).ok()?;
         self.lazies.get(&pages.snapshot).cloned()
     }
 
@@ -460,7 +460,7 @@ impl Intake {
         let (pages, contents) = LazyPages::decode(body).map_err(violation)?;
         // Those of a restore that is over may still come.
         match self.lazies.get(&pages.snapshot) {
-            Some(lazy) => lazy.take(&pages, contents).map_err(violation),
+            Some(lazy) => lazy.take(&pages, &contents).map_err(violation),
             None => Ok(()),
         }
     }

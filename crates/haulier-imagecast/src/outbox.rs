@@ -67,6 +67,11 @@ impl Frame {
         if let Some((number, small)) = self.compressed(compression) {
             return channel.send(self.kind, &[&number.to_le_bytes(), &small], wait);
         }
+        if self.kind == Kind::LazyPages {
+            if let Some(body) = LazyPages::compressed(compression, &self.head, &self.data) {
+                return channel.send(self.kind, &[&body], wait);
+            }
+        }
         let mut parts: Vec<&[u8]> = vec![&self.head];
         parts.extend(self.parts.iter().map(|part| &self.data[part.clone()]));
         channel.send(self.kind, &parts, wait)

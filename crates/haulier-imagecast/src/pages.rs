@@ -1,7 +1,11 @@
 //! Frames of pages that a dump left behind. No IO.
 
+use std::borrow::Cow;
+
 use haulier_images::page::PAGE;
 use haulier_memory::page::PageRange;
+
+use crate::compress::{self, Compression};
 
 /// Bytes in front of the contents.
 const HEAD: usize = 24;
@@ -9,6 +13,8 @@ const HEAD: usize = 24;
 pub(crate) const MOST: u64 = 256;
 /// They are all zero, and no contents follow.
 const ZERO: u32 = 1 << 31;
+/// The contents are compressed.
+const COMPRESSED: u32 = 1 << 30;
 
 /// Which pages are in a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,8 +37,33 @@ impl LazyPages {
         head
     }
 
+    /// The body of a frame, given as its head and the contents, in fewer bytes; `None` if it goes as it is.
+    pub(crate) fn compressed(how: Compression, head: &[u8], contents: &[u8]) -> Option<Vec<u8>> {
+        let small = compress::compress(how, contents)?;
+        let (head, _) = head.split_first_chunk::<HEAD>()?;
+        let mut body = head.to_vec();
+        // The count is little-endian: this is in its last byte.
+        body[15] |= (COMPRESSED >> 24) as u8;
+        body.extend_from_slice(&small);
+        Some(body)
+    }
+
     /// Which pages a body has, and their contents.
-    pub(crate) fn decode(body: &[u8]) -> Result<(LazyPages, &[u8]), String> {
+    pub(crate) fn decode(body: &[u8]) -> Result<(LazyPages, Cow<'_, [u8]>), String> {
+        let (pages, compressed, contents) = LazyPages::head_of(body)?;
+        let contents = match compressed {
+            true => Cow::Owned(compress::decompress(contents)?),
+            false => Cow::Borrowed(contents),
+        };
+        let length = if pages.zero { 0 } else { pages.range.pages };
+        if contents.len() as u64 != length * PAGE as u64 {
+            return Err(format!("{} bytes for {length} pages", contents.len()));
+        }
+        Ok((pages, contents))
+    }
+
+    /// Which pages a body has, whether they are compressed, and what follows the head.
+    pub(crate) fn head_of(body: &[u8]) -> Result<(LazyPages, bool, &[u8]), String> {
         let (head, contents) = body
             .split_first_chunk::<HEAD>()
             .ok_or("pages without a head")?;
@@ -48,18 +79,14 @@ impl LazyPages {
             task: second as u32,
             range: PageRange {
                 start: long(16),
-                pages: u64::from(count & !ZERO),
+                pages: u64::from(count & !(ZERO | COMPRESSED)),
             },
             zero: count & ZERO != 0,
         };
-        let length = if pages.zero { 0 } else { pages.range.pages };
         if !pages.range.is_valid() || pages.range.pages > MOST {
             return Err(format!("no frame of pages: {}", pages.range));
         }
-        if contents.len() as u64 != length * PAGE as u64 {
-            return Err(format!("{} bytes for {length} pages", contents.len()));
-        }
-        Ok((pages, contents))
+        Ok((pages, count & COMPRESSED != 0, contents))
     }
 }
 
@@ -90,9 +117,38 @@ mod tests {
                 prop_assert!(pages.range.is_valid() && pages.range.pages <= MOST);
                 let literal = if pages.zero { 0 } else { pages.range.pages };
                 prop_assert_eq!(contents.len() as u64, literal * PAGE as u64);
-                prop_assert_eq!(&body[..HEAD], &pages.head()[..]);
+                let mut head = pages.head();
+                head[15] |= body[15] & 0x40;
+                prop_assert_eq!(&body[..HEAD], &head[..]);
             }
         }
+    }
+
+    #[test]
+    fn compressed_pages_come_back_and_damage_is_refused() {
+        let pages = LazyPages {
+            snapshot: 1,
+            task: 77,
+            range: PageRange {
+                start: 0x1000,
+                pages: 3,
+            },
+            zero: false,
+        };
+        let contents: Vec<u8> = (0..3 * PAGE).map(|at| (at / 100) as u8).collect();
+        for how in [Compression::Lz4, Compression::Zstd] {
+            let body = LazyPages::compressed(how, &pages.head(), &contents).unwrap();
+            assert!(body.len() < PAGE);
+            let (got, back) = LazyPages::decode(&body).unwrap();
+            assert_eq!((got, &back[..]), (pages, &contents[..]));
+            for other in [2, 4] {
+                let mut wrong = body.clone();
+                wrong[12] = other;
+                assert!(LazyPages::decode(&wrong).is_err(), "{other} pages");
+            }
+            assert!(LazyPages::decode(&body[..body.len() - 1]).is_err(), "cut");
+        }
+        assert!(LazyPages::compressed(Compression::None, &pages.head(), &contents).is_none());
     }
 
     #[test]

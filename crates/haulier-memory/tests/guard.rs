@@ -17,6 +17,7 @@ use haulier_sys::wait::Wait;
 
 const ROLE: &str = "HAULIER_TEST_ROLE";
 const CGROUP: &str = "HAULIER_TEST_CGROUP";
+const GUARD: &str = "HAULIER_TEST_GUARD";
 const PAGES: u64 = 64;
 const VPID: u32 = 77;
 
@@ -48,6 +49,14 @@ fn as_guard() {
     }
 }
 
+/// Not a test but the guard's process, where the tasks are in no cgroup of their own.
+#[test]
+fn as_guard_of_tasks() {
+    if plays("as_guard_of_tasks").is_some() {
+        std::process::exit(i32::from(guard::run_for_tasks().is_err()));
+    }
+}
+
 /// Not a test but an agent, which has half of the task's memory and waits for the rest.
 #[test]
 fn as_agent() {
@@ -66,7 +75,8 @@ fn as_agent() {
             vmas: vec![(memory, end)],
         }],
     };
-    let guard = Guard::spawn(role("as_guard", &cgroup), &soon()).unwrap();
+    let guard = std::env::var(GUARD).unwrap();
+    let guard = Guard::spawn(role(&guard, &cgroup), &soon()).unwrap();
     let mut daemon = LazyPages::listen(&dir)
         .unwrap()
         .guarded_by(guard)
@@ -133,6 +143,11 @@ struct Task {
 
 impl Task {
     fn start(group: &Group) -> Self {
+        Self::start_that(group, "")
+    }
+
+    /// One that does this between the first page and the second.
+    fn start_that(group: &Group, more: &str) -> Self {
         let script = r#"
 import array, ctypes, fcntl, os, socket, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -151,11 +166,12 @@ criu.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [
 os.close(uffd)
 criu.sendall(struct.pack("I", 0x52535446))
 print("first", ctypes.string_at(memory + 4096, 1)[0], flush=True)
+exec(sys.argv[1])
 print("second", ctypes.string_at(memory + 60 * 4096, 1)[0], flush=True)
 sys.stdin.readline()
 "#;
         let mut process = Command::new("python3")
-            .args(["-c", script])
+            .args(["-c", script, more])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -178,7 +194,12 @@ sys.stdin.readline()
 }
 
 fn agent(group: &Group, task: &mut Task, dir: &Path) -> Child {
+    agent_with("as_guard", group, task, dir)
+}
+
+fn agent_with(guard: &str, group: &Group, task: &mut Task, dir: &Path) -> Child {
     let mut agent = role("as_agent", &group.0)
+        .env(GUARD, guard)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -264,4 +285,68 @@ fn a_guard_that_is_given_up_kills_and_one_that_is_complete_does_not() {
         let _ = task.kill();
         task.wait().unwrap();
     }
+}
+
+#[test]
+fn a_task_that_has_left_its_family_stands_rather_than_see_zeros() {
+    let dir = tempfile::tempdir().unwrap();
+    let group = Group::new("orphan");
+    // A child that is nobody's goes on to the second page; the task itself waits for it in vain.
+    let leave = "
+if os.fork() == 0:
+    if os.fork() != 0:
+        os._exit(0)
+    print('orphan', os.getpid(), flush=True)
+else:
+    os.wait()
+";
+    let mut task = Task::start_that(&group, leave);
+    let mut agent = agent_with("as_guard_of_tasks", &group, &mut task, dir.path());
+    let said = task.line().unwrap();
+    let orphan = said.strip_prefix("orphan ").unwrap().to_owned();
+    let stands = || {
+        let at = fs::read_to_string(format!("/proc/{orphan}/wchan"));
+        at.is_ok_and(|at| at.contains("userfault"))
+    };
+    until("the orphan waits for a page", stands);
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    let status = task.process.wait().unwrap();
+    assert_eq!(status.signal(), Some(9), "{status}");
+    // The guard has nothing else to do any more.
+    for _ in 0..20 {
+        assert!(stands(), "it goes on without its page");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(guards(&group) > 0);
+    fs::write(group.0.join("cgroup.kill"), "1").unwrap();
+    // Not "second 0".
+    assert_eq!(task.line(), None);
+    until("the guard ends", || guards(&group) == 0);
+}
+
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Processes that guard the tasks of a group.
+fn guards(group: &Group) -> usize {
+    let role = format!("{ROLE}=as_guard_of_tasks");
+    let cgroup = format!("{CGROUP}={}", group.0.display());
+    let is_one = |environment: &[u8]| {
+        let has = |wanted: &str| {
+            environment
+                .split(|b| *b == 0)
+                .any(|v| v == wanted.as_bytes())
+        };
+        has(&role) && has(&cgroup)
+    };
+    let all = fs::read_dir("/proc").unwrap().flatten();
+    all.filter_map(|entry| fs::read(entry.path().join("environ")).ok())
+        .filter(|environment| is_one(environment))
+        .count()
 }

@@ -159,6 +159,9 @@ pub struct PlaceError {
     pub obstacle: Obstacle,
 }
 
+/// A page at the end of the address space, where nobody registers anything.
+const NOWHERE: u64 = 0x7fff_ffff_e000;
+
 /// A userfaultfd, of another process or of our own.
 #[derive(Debug)]
 pub struct Userfaultfd {
@@ -302,6 +305,22 @@ impl Userfaultfd {
             done = advance(done, rest, arg.zeropage, outcome)?;
         }
         Ok(())
+    }
+
+    /// Whether the memory that it was made for is still there: it goes with the last task that has it.
+    pub fn has_memory(&self) -> bool {
+        let range = RangeArg {
+            start: NOWHERE,
+            len: 4096,
+        };
+        let mut arg = ZeroArg {
+            range,
+            mode: 0,
+            zeropage: 0,
+        };
+        let refused = self.ioctl(UFFDIO_ZEROPAGE, &mut arg);
+        // Otherwise the kernel finds no registered mapping there, or has no time for it.
+        refused.map_or_else(|error| error.raw_os_error() != Some(libc::ESRCH), |()| true)
     }
 
     /// Wakes the threads that wait for a page in the range; they fault again if it is missing.

@@ -48,7 +48,7 @@ pub(crate) struct ImageProxy {
     /// Most memory for images that are under way, 8 MiB at least
     #[arg(long, value_name = "SIZE", default_value = "256MiB")]
     max_memory: ByteSize,
-    /// How images are compressed on their way: none, lz4 or zstd
+    /// How images, and memory that follows, are compressed on their way: none, lz4 or zstd
     #[arg(long, value_name = "HOW", default_value_t)]
     compress: Compression,
     /// Take dumps that leave memory behind (criu dump --lazy-pages): it follows the restore
@@ -182,7 +182,8 @@ pub(crate) struct ImageCache {
     keep: u32,
     /// Take dumps that leave memory behind, and be the lazy-pages daemon of their restores: "criu
     /// restore --stream -D DIR --lazy-pages". Such a dump can be restored once. The restored processes
-    /// are killed if this ends before all their memory has come
+    /// are killed if this ends before all their memory has come; one that was forked since and is no descendant
+    /// of theirs any more is not found, and stands where it needs memory
     #[arg(long)]
     lazy_pages: bool,
 }

@@ -153,7 +153,7 @@ fn the_memory_of_a_redis_follows_it() {
     let redis = cast.redis(64);
     let cache = lazy_cache(&cast, &[]);
     let restore = lazy_restore(&cast).spawn_captured().unwrap();
-    let proxy = lazy_proxy(&cast, &[]);
+    let proxy = lazy_proxy(&cast, &["--compress", "lz4"]);
 
     let dump = cast.dump_with_vote(redis, &LEAVING).spawn_captured();
     cast.restored(restore.finish(LONG).unwrap());

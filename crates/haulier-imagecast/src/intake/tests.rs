@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::compress::Compression;
 use crate::message::{Ack, Fault, GaveUp, Go, Over, Placed, Restored, Session, Wanted};
 use crate::store::Pool;
 use haulier_memory::page::PageRange;
@@ -389,6 +390,10 @@ fn lazy_pages(snapshot: u64, task: u32, first: u64, pages: u64, zero: bool) -> F
     if !zero {
         body.resize(body.len() + pages.range.pages as usize * PAGE, 5);
     }
+    // Some of them.
+    let (head, contents) = body.split_at(24);
+    let compressed = LazyPages::compressed(Compression::Lz4, head, contents);
+    let body = compressed.filter(|_| task == 2).unwrap_or(body);
     (Kind::LazyPages, body)
 }
 

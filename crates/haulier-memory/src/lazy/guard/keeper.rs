@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use haulier_sys::pidfd::{PidfdFlags, pidfd_open};
+use haulier_sys::userfaultfd::Userfaultfd;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags};
@@ -79,7 +80,8 @@ pub fn run(cgroup: &Path, before_kill: impl FnOnce()) -> Result<Outcome, GuardEr
 }
 
 /// The same for tasks that are in no cgroup of their own: what is killed is every task that has sent
-/// a descriptor, and its descendants.
+/// a descriptor, and its descendants. A task that has left that family is not found: it stands where it
+/// needs a page, and this with it, until somebody kills it.
 ///
 /// # Errors
 /// [`GuardError::Socket`].
@@ -93,8 +95,22 @@ pub fn run_for_tasks() -> Result<(), GuardError> {
         return Ok(());
     };
     kill(&tasks);
-    drop(held);
+    hold_what_lives(held);
     Ok(())
+}
+
+/// Holds each for as long as there is memory that it was made for.
+fn hold_what_lives(held: HashMap<u64, OwnedFd>) {
+    let held = held.into_values().map(Userfaultfd::from_fd);
+    let mut held: Vec<Userfaultfd> = held.filter_map(Result::ok).collect();
+    let since = Instant::now();
+    loop {
+        held.retain(Userfaultfd::has_memory);
+        if held.is_empty() {
+            return;
+        }
+        thread::sleep(if since.elapsed() < DEATH { LOOK } else { AGAIN });
+    }
 }
 
 /// Holds what it is given until all is placed; then nothing is left of it. Otherwise the daemon has
