@@ -263,6 +263,10 @@ fn listing(store: &Store, target: &ImageName) -> Listing {
                     None => "released".to_owned(),
                     Some(lazy) => format!("released, {}", lazy.describe()),
                 },
+                // No page is missing any more.
+                State::Failed(_) if store.left(&info.key).is_some_and(|lazy| lazy.is_placed()) => {
+                    "released, restored".to_owned()
+                }
                 State::Failed(why) => format!("failed: {why}"),
             },
             images: info.images as u64,

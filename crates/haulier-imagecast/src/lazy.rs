@@ -291,6 +291,17 @@ impl Lazy {
         }
     }
 
+    /// Every page is in its place. That holds even if no more could have come: its tasks run on.
+    fn placed(&self) {
+        self.state().phase = Phase::Placed;
+        self.changed.notify_all();
+    }
+
+    /// Whether it runs with all of its memory.
+    pub(crate) fn is_placed(&self) -> bool {
+        self.state().phase == Phase::Placed
+    }
+
     /// Why it cannot go on, if it cannot.
     fn trouble(&self) -> Option<String> {
         match &self.state().phase {
@@ -472,7 +483,7 @@ impl Follower {
     fn run(self, mut handle: LazyPagesHandle) {
         match self.follow(&mut handle) {
             Ok(stats) => {
-                self.lazy.step(&[Phase::Restored], Phase::Placed);
+                self.lazy.placed();
                 let snapshot = self.lazy.number;
                 let placed = Body::Placed(Placed { snapshot });
                 self.lazy.outgoing.say(placed);
@@ -584,5 +595,22 @@ fn read(name: &ImageName, image: &Image) -> io::Result<Vec<u8>> {
             Next::End => return Ok(bytes),
             Next::Failed | Next::NotYet => return Err(io::ErrorKind::UnexpectedEof.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_all_its_memory_is_never_said_to_be_lost() {
+        let target = ImageName::new("a").unwrap();
+        let lazy = Lazy::new(1, Key { target, number: 1 }, Arc::default());
+        assert!(lazy.lost("the link") && !lazy.is_placed());
+        // The last pages had come before, and were placed meanwhile.
+        lazy.placed();
+        assert!(lazy.is_placed() && !lazy.lost("the link again"));
+        assert_eq!(lazy.describe(), "restored");
+        assert!(matches!(&lazy.said()[..], [Body::Placed(_)]));
     }
 }

@@ -127,9 +127,10 @@ struct WaitArguments {
 /// Settle a dump that only a person can settle: its memory could not follow its restore
 ///
 /// Its processes stand frozen on this host. haulier never lets them run here while they may be running at the
-/// destination; who says that they do not had better know. "haulier image-cache list" says there how far the
-/// restore came: of "memory lost" nothing runs there, of "restored" everything does. The image-proxy need not
-/// run for it.
+/// destination; who says that they do not had better know. "haulier image-cache list" says there how the restore
+/// ended: of one that is "released, restored" everything runs there. One that is "failed" is killed, as the
+/// image-cache's log says when it is done; look for the processes all the same, and where the image-cache does
+/// not run. The image-proxy need not run for it.
 #[derive(Debug, Args)]
 #[group(skip)]
 struct SettleArguments {
