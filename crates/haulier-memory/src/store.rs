@@ -151,16 +151,6 @@ impl PageStore {
         self.received.load(Ordering::Relaxed)
     }
 
-    /// Has memory for so many bytes of contents ready in advance, at most the limit: while the target
-    /// still runs, so that its last pages do not wait for the kernel to find room. It stays with the
-    /// store until it is dropped, or until this is called with less.
-    ///
-    /// # Errors
-    /// [`StoreError::Memory`].
-    pub fn reserve(&self, bytes: u64) -> Result<(), StoreError> {
-        self.account.reserve(bytes)
-    }
-
     /// Pages to receive contents into, counted from now on until each is placed, replaced or
     /// dropped. Nothing is allocated over the limit.
     ///

@@ -24,7 +24,7 @@ const ARENA_PAGES: usize = 512;
 const ARENA_BYTES: usize = ARENA_PAGES * PAGE_BYTES;
 const WORDS: usize = ARENA_PAGES / 64;
 
-/// Arenas without a used page that are kept, unless more were reserved.
+/// Arenas without a used page that are kept.
 const WARM: usize = 4;
 
 /// Where pages come from. Pages keep it alive.
@@ -40,7 +40,7 @@ struct Inner {
 }
 
 /// All arenas, and which of their pages are free.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Arenas {
     slots: Vec<Option<Slot>>,
     vacant: Vec<usize>,
@@ -48,20 +48,6 @@ struct Arenas {
     partial: BTreeSet<usize>,
     /// How many of them have no used page.
     warm: usize,
-    /// How many of those are kept.
-    keep: usize,
-}
-
-impl Default for Arenas {
-    fn default() -> Self {
-        Self {
-            slots: Vec::new(),
-            vacant: Vec::new(),
-            partial: BTreeSet::new(),
-            warm: 0,
-            keep: WARM,
-        }
-    }
 }
 
 #[derive(Debug)]
@@ -118,28 +104,6 @@ impl PagePool {
             }));
         }
         Ok(runs)
-    }
-
-    /// Maps memory for so many pages in advance, and touches it, so that whoever takes them does not
-    /// wait for the kernel, or for what is below it. Kept until the pool is dropped: call it again
-    /// with less to have the rest go back as it becomes free.
-    ///
-    /// # Errors
-    /// If the kernel gives no memory; what could be had is kept.
-    pub fn reserve(&self, pages: usize) -> io::Result<()> {
-        let arenas = pages.div_ceil(ARENA_PAGES);
-        self.inner.lock().keep = arenas.max(WARM);
-        loop {
-            {
-                let guard = self.inner.lock();
-                if guard.slots.len() - guard.vacant.len() >= arenas.min(guard.keep) {
-                    return Ok(());
-                }
-            }
-            let arena = Arena::map()?;
-            arena.touch();
-            self.inner.lock().add(arena);
-        }
     }
 
     /// Bytes that the pool has from the kernel, free pages included.
@@ -222,7 +186,7 @@ impl Arenas {
         if slot.free_pages < ARENA_PAGES {
             return None;
         }
-        if self.warm < self.keep {
+        if self.warm < WARM {
             self.warm += 1;
             return None;
         }
@@ -270,14 +234,6 @@ impl Arena {
             base,
             holders: [const { AtomicU32::new(1) }; ARENA_PAGES],
         })
-    }
-
-    /// Has the kernel provide the memory. For an arena that nobody else has yet.
-    fn touch(&self) {
-        for page in 0..ARENA_PAGES {
-            // SAFETY: mapped and writable, and no page of it was handed out.
-            unsafe { self.at(page).write_volatile(0) };
-        }
     }
 
     fn at(&self, page: usize) -> *mut u8 {
@@ -509,20 +465,6 @@ mod tests {
         assert_eq!(pages(&used), 0);
         assert_eq!(pool.mapped(), (WARM * ARENA_BYTES) as u64);
         assert_eq!(take(&pool, &used, 2 * ARENA_PAGES).len(), 2);
-    }
-
-    #[test]
-    fn what_is_reserved_is_kept_until_it_is_no_more() {
-        let (pool, used) = pool();
-        pool.reserve(10 * ARENA_PAGES).unwrap();
-        assert_eq!(pool.mapped(), 10 * ARENA_BYTES as u64);
-        drop(take(&pool, &used, 10 * ARENA_PAGES));
-        assert_eq!(pool.mapped(), 10 * ARENA_BYTES as u64);
-        let held = take(&pool, &used, 10 * ARENA_PAGES);
-        pool.reserve(0).unwrap();
-        drop(held);
-        assert_eq!(pool.mapped(), (WARM * ARENA_BYTES) as u64);
-        assert_eq!(pages(&used), 0);
     }
 
     #[test]

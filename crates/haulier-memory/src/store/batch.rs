@@ -60,12 +60,6 @@ impl Account {
         self.used.fetch_sub(from, Ordering::Relaxed);
     }
 
-    /// Maps and touches memory for so many bytes, or as many as the limit allows.
-    pub(super) fn reserve(&self, bytes: u64) -> Result<(), StoreError> {
-        let pages = bytes.min(self.limit) / PAGE_BYTES as u64;
-        self.pool.reserve(pages as usize).map_err(no_memory)
-    }
-
     /// Pages to be filled, so many, counted from now on until each of them is free again.
     pub(super) fn pages(&self, count: usize) -> Result<PageBuffer, StoreError> {
         self.charge((count * PAGE_BYTES) as u64)?;
