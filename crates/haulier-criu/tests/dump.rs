@@ -1,5 +1,7 @@
 //! A real CRIU dumps a real process, which then goes on or not.
 
+mod machine;
+
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -12,24 +14,8 @@ use haulier_sys::namespaces::close_on_exec_from;
 use haulier_sys::pagemap::category::{PFNZERO, PRESENT, SWAPPED};
 use haulier_sys::pagemap::{Pagemap, Query};
 use haulier_sys::session::in_new_session;
-use haulier_sys::wait::Wait;
+use machine::{criu, soon};
 use rustix::process::{Pid, Signal, kill_process};
-
-fn soon() -> Wait {
-    Wait::uncancellable(Duration::from_secs(30))
-}
-
-/// The CRIU to test with, or `None`, loudly, where there is none and nobody promised one.
-fn criu() -> Option<Criu> {
-    match Criu::find(None) {
-        Ok(criu) => Some(criu),
-        Err(error) if std::env::var_os("CI").is_none() => {
-            eprintln!("SKIPPED: {error}");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
-}
 
 /// A process that CRIU can dump: its own session, no descriptors but /dev/null.
 fn sleeper() -> Child {

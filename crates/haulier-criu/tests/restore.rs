@@ -1,30 +1,17 @@
 //! A real CRIU gets ready for a restore, whose images then come or do not.
 
+mod machine;
+
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use haulier_criu::Criu;
 use haulier_criu::restore::{self, RestoreError, RestoreOptions, Waiting};
-use haulier_sys::wait::{Cancel, Wait};
+use haulier_sys::wait::Cancel;
+use machine::{criu, soon};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
-
-fn soon() -> Wait {
-    Wait::uncancellable(Duration::from_secs(30))
-}
-
-/// The CRIU to test with, or `None`, loudly, where there is none and nobody promised one.
-fn criu() -> Option<Criu> {
-    match Criu::find(None) {
-        Ok(criu) => Some(criu),
-        Err(error) if std::env::var_os("CI").is_none() => {
-            eprintln!("SKIPPED: {error}");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
-}
 
 fn options(directory: &TempDir) -> RestoreOptions {
     RestoreOptions {

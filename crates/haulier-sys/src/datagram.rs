@@ -7,6 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr;
 
+use crate::option;
+
 /// `UDP_GRO`, include/uapi/linux/udp.h: at level `SOL_UDP`, an int, the size of the datagrams
 /// that were merged into one.
 const UDP_GRO: libc::c_int = 104;
@@ -34,7 +36,7 @@ pub struct Peeked {
 /// # Errors
 /// What `getsockopt(2)` says.
 pub fn peek_offset(socket: impl AsFd) -> io::Result<i32> {
-    get_option(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF)
+    option::get(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF)
 }
 
 /// Sets `SO_PEEK_OFF`. At 0 or more, each look moves it on by what was seen.
@@ -42,7 +44,7 @@ pub fn peek_offset(socket: impl AsFd) -> io::Result<i32> {
 /// # Errors
 /// What `setsockopt(2)` says.
 pub fn set_peek_offset(socket: impl AsFd, offset: i32) -> io::Result<()> {
-    set_option(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)
+    option::set(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)
 }
 
 /// Whether a UDP socket tells the address that a datagram was sent to (`IP_PKTINFO`,
@@ -51,8 +53,8 @@ pub fn set_peek_offset(socket: impl AsFd, offset: i32) -> io::Result<()> {
 /// # Errors
 /// What `getsockopt(2)` says.
 pub fn tells_destination(socket: impl AsFd, ipv6: bool) -> io::Result<bool> {
-    let (level, option) = destination_option(ipv6);
-    Ok(get_option(socket, level, option)? != 0)
+    let (level, name) = destination_option(ipv6);
+    Ok(option::get(socket, level, name)? != 0)
 }
 
 /// Has a UDP socket tell the address that a datagram was sent to, also of those in its queue.
@@ -60,8 +62,8 @@ pub fn tells_destination(socket: impl AsFd, ipv6: bool) -> io::Result<bool> {
 /// # Errors
 /// What `setsockopt(2)` says.
 pub fn set_tells_destination(socket: impl AsFd, ipv6: bool, on: bool) -> io::Result<()> {
-    let (level, option) = destination_option(ipv6);
-    set_option(socket, level, option, on.into())
+    let (level, name) = destination_option(ipv6);
+    option::set(socket, level, name, on.into())
 }
 
 /// Looks at the next datagram of a UDP socket, without taking it and without waiting.
@@ -171,51 +173,6 @@ fn destination_option(ipv6: bool) -> (libc::c_int, libc::c_int) {
         (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)
     } else {
         (libc::IPPROTO_IP, libc::IP_PKTINFO)
-    }
-}
-
-fn get_option(socket: impl AsFd, level: libc::c_int, option: libc::c_int) -> io::Result<i32> {
-    let mut value: libc::c_int = 0;
-    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: the descriptor is borrowed for the call; value and length are live, and length
-    // says how large value is.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            level,
-            option,
-            (&raw mut value).cast(),
-            &raw mut length,
-        )
-    };
-    if result == 0 {
-        Ok(value)
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
-fn set_option(
-    socket: impl AsFd,
-    level: libc::c_int,
-    option: libc::c_int,
-    value: i32,
-) -> io::Result<()> {
-    // SAFETY: the descriptor is borrowed for the call; the value is a live c_int of the length
-    // given.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            level,
-            option,
-            (&raw const value).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
     }
 }
 

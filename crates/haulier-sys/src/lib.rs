@@ -3,6 +3,7 @@
 pub mod datagram;
 pub mod inherited;
 pub mod namespaces;
+mod option;
 pub mod packet;
 pub mod pagemap;
 pub mod pages;

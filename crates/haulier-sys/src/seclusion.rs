@@ -4,6 +4,8 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use crate::namespaces::close_on_exec_from;
+
 /// Has the command start in a session of its own, deaf to SIGINT, SIGTERM, SIGHUP and SIGPIPE (an
 /// ignored signal stays so over `exec`), and with no descriptors but its standard ones, whatever
 /// somebody has left open here without close-on-exec.
@@ -13,7 +15,7 @@ pub fn seclude(command: &mut Command) -> &mut Command {
         for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGPIPE] {
             ignore(signal)?;
         }
-        close_on_exec()
+        close_on_exec_from(3)
     };
     // SAFETY: between fork and exec the closure makes a few system calls, which is safe after a
     // fork of a process with threads, and touches no memory but its own stack.
@@ -27,17 +29,6 @@ fn ignore(signal: libc::c_int) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
-}
-
-fn close_on_exec() -> io::Result<()> {
-    let flag = libc::CLOSE_RANGE_CLOEXEC;
-    // SAFETY: marks descriptors from 3 on, and closes none in this process.
-    let result = unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, flag) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
 }
 
 #[cfg(test)]

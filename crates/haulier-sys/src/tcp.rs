@@ -5,6 +5,8 @@ use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
+use crate::option;
+
 /// `struct tcp_info` of include/uapi/linux/tcp.h, as far as it is of use here. The kernel fills as
 /// much of it as it knows and has room for.
 #[repr(C)]
@@ -71,21 +73,9 @@ pub fn path(socket: impl AsFd) -> io::Result<Path> {
 /// # Errors
 /// What `setsockopt(2)` says, for instance of a socket that is no TCP connection.
 pub fn keep_unsent_short(socket: impl AsFd, bytes: u32) -> io::Result<()> {
-    // SAFETY: the descriptor is borrowed for the call, the value is live and as long as it is said to be.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_NOTSENT_LOWAT,
-            (&raw const bytes).cast(),
-            size_of::<u32>() as libc::socklen_t,
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    // The kernel takes the bits of an int for a number without a sign.
+    let value = bytes as libc::c_int;
+    option::set(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, value)
 }
 
 #[cfg(test)]

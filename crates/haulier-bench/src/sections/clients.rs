@@ -10,7 +10,7 @@ use haulier_lab::workloads::{OpenLoop, OpenLoopClient, Protocol};
 use crate::contender::{Agents, Contender, migrate};
 use crate::record::Run;
 use crate::report::Told;
-use crate::sections::{Bench, Link};
+use crate::sections::{Bench, Link, for_each_run};
 use crate::stage::{ADDRESS, Stage, start_workload};
 
 pub(crate) const NAME: &str = "clients";
@@ -24,23 +24,7 @@ const AROUND: Duration = Duration::from_secs(1);
 const PAGES_PER_SECOND: &str = "10000";
 
 pub(crate) fn run(bench: &mut Bench) -> Result<()> {
-    for (case, link, contender) in bench.cases(NAME) {
-        let mut ready = None;
-        for number in 1..=bench.settings.runs {
-            let mut run = Run::new(&case, number);
-            bench.say(&format!("{case} {number}/{}", bench.settings.runs));
-            let stage = match ready.take() {
-                Some(stage) => stage,
-                None => Ready::new(bench, link, contender)?,
-            };
-            match stage.run(bench, contender, &mut run) {
-                Ok(stage) => ready = Some(stage),
-                Err(error) => bench.failed(&mut run, &error),
-            }
-            bench.record.add(run)?;
-        }
-    }
-    Ok(())
+    for_each_run(bench, NAME, Ready::new, Ready::run)
 }
 
 struct Ready {

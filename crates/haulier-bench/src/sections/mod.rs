@@ -97,6 +97,33 @@ impl Bench {
     }
 }
 
+/// All runs of every case of a section on a stage `R`, there and back in turn; a new stage after a
+/// failure, which takes the old one with it.
+fn for_each_run<R>(
+    bench: &mut Bench,
+    section: &str,
+    new: impl Fn(&Bench, Link, Contender) -> Result<R>,
+    run: impl Fn(R, &Bench, Contender, &mut Run) -> Result<R>,
+) -> Result<()> {
+    for (case, link, contender) in bench.cases(section) {
+        let mut ready = None;
+        for number in 1..=bench.settings.runs {
+            let mut record = Run::new(&case, number);
+            bench.say(&format!("{case} {number}/{}", bench.settings.runs));
+            let stage = match ready.take() {
+                Some(stage) => stage,
+                None => new(bench, link, contender)?,
+            };
+            match run(stage, bench, contender, &mut record) {
+                Ok(stage) => ready = Some(stage),
+                Err(error) => bench.failed(&mut record, &error),
+            }
+            bench.record.add(record)?;
+        }
+    }
+    Ok(())
+}
+
 /// What the figures were measured on.
 pub(crate) fn machine(settings: &Settings) -> Value {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();

@@ -9,7 +9,7 @@ use crate::analysis::{BIN, rate, service};
 use crate::contender::{Agents, Contender, Moved, migrate};
 use crate::record::Run;
 use crate::report::Told;
-use crate::sections::{Bench, Link, put_phases};
+use crate::sections::{Bench, Link, for_each_run, put_phases};
 use crate::stage::{Redis, Stage, resident, sent_bytes};
 use crate::writer::Writer;
 
@@ -22,29 +22,7 @@ const RECOVERY: Duration = Duration::from_secs(20);
 const ANSWER: u64 = 5 + 32 + 20 + 14;
 
 pub(crate) fn run(bench: &mut Bench) -> Result<()> {
-    for (case, link, contender) in bench.cases(NAME) {
-        case_runs(bench, &case, link, contender)?;
-    }
-    Ok(())
-}
-
-/// All runs of a case, there and back in turn; a new stage after a failure.
-fn case_runs(bench: &mut Bench, case: &str, link: Link, contender: Contender) -> Result<()> {
-    let mut stage = None;
-    for number in 1..=bench.settings.runs {
-        let mut run = Run::new(case, number);
-        bench.say(&format!("{case} {number}/{}", bench.settings.runs));
-        let ready = match stage.take() {
-            Some(ready) => ready,
-            None => Ready::new(bench, link, contender)?,
-        };
-        match ready.run(bench, contender, &mut run) {
-            Ok(ready) => stage = Some(ready),
-            Err(error) => bench.failed(&mut run, &error),
-        }
-        bench.record.add(run)?;
-    }
-    Ok(())
+    for_each_run(bench, NAME, Ready::new, Ready::run)
 }
 
 struct Ready {

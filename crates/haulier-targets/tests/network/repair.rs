@@ -1,6 +1,6 @@
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpListener;
-use std::process::{Command, Stdio};
+use std::io::{BufRead, BufReader, Lines, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use haulier_targets::network::{begin_repair_of, end_repair_of};
 
@@ -21,26 +21,50 @@ repaired.sendall(b'alive')
 sys.stdin.readline()
 ";
 
+/// That client, with one connection in repair mode.
+struct Client {
+    process: Child,
+    tell: ChildStdin,
+    said: Lines<BufReader<ChildStdout>>,
+    /// The ends of its connections: of the other one, and of that in repair mode.
+    peers: [TcpStream; 2],
+}
+
+impl Client {
+    fn start() -> Client {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let mut process = Command::new("python3")
+            .args(["-c", CLIENT, &port.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = BufReader::new(process.stdout.take().unwrap()).lines();
+        let tell = process.stdin.take().unwrap();
+        let peers = [(); 2].map(|()| listener.accept().unwrap().0);
+        assert_eq!(said.next().unwrap().unwrap(), "frozen");
+        Client {
+            process,
+            tell,
+            said,
+            peers,
+        }
+    }
+}
+
 #[test]
 fn sockets_left_in_repair_mode_live_again() {
     if world().is_none() {
         return;
     }
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let mut child = Command::new("python3")
-        .args(["-c", CLIENT, &port.to_string()])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
-    let mut tell = child.stdin.take().unwrap();
-    let (_other, _) = listener.accept().unwrap();
-    let (mut peer, _) = listener.accept().unwrap();
-    assert_eq!(said.next().unwrap().unwrap(), "frozen");
-
-    let pid = child.id() as i32;
+    let Client {
+        mut process,
+        mut tell,
+        mut said,
+        peers: [_other, mut peer],
+    } = Client::start();
+    let pid = process.id() as i32;
     assert_eq!(end_repair_of(pid).unwrap(), 1);
     assert_eq!(end_repair_of(pid).unwrap(), 0);
     tell.write_all(b"\n").unwrap();
@@ -50,7 +74,7 @@ fn sockets_left_in_repair_mode_live_again() {
     peer.read_exact(&mut received).unwrap();
     assert_eq!(&received, b"alive");
     drop(tell);
-    assert!(child.wait().unwrap().success());
+    assert!(process.wait().unwrap().success());
 }
 
 #[test]
@@ -58,21 +82,14 @@ fn a_process_that_is_killed_in_repair_mode_says_nothing_to_its_peers() {
     if world().is_none() {
         return;
     }
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let mut child = Command::new("python3")
-        .args(["-c", CLIENT, &port.to_string()])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
-    let (other, _) = listener.accept().unwrap();
-    let (_repaired, _) = listener.accept().unwrap();
-    assert_eq!(said.next().unwrap().unwrap(), "frozen");
-    assert_eq!(begin_repair_of(child.id() as i32).unwrap(), 2);
-    child.kill().unwrap();
-    child.wait().unwrap();
+    let Client {
+        mut process,
+        peers: [other, _repaired],
+        ..
+    } = Client::start();
+    assert_eq!(begin_repair_of(process.id() as i32).unwrap(), 2);
+    process.kill().unwrap();
+    process.wait().unwrap();
     // Neither an end nor a reset has come by the time another connection says its own.
     other.set_nonblocking(true).unwrap();
     let nothing = (&other).read(&mut [0; 1]).unwrap_err();
