@@ -16,7 +16,7 @@ use haulier_memory::lazy::guard::{self, Outcome};
 use haulier_proto::id::MigrationId;
 use haulier_targets::network;
 use rustix::fs::{FlockOperation, flock};
-use tracing::warn;
+use tracing::{error, warn};
 
 use crate::directories::state_directory;
 use crate::journal::{self, Side};
@@ -26,17 +26,65 @@ use crate::recovery;
 const END_TIME: Duration = Duration::from_secs(20);
 /// How often it is looked whether it has ended.
 const LOOK: Duration = Duration::from_millis(5);
+/// Most bytes of its log that are told. It has a line or two.
+const LONGEST_LOG: u64 = 16 << 10;
 
 /// Where the guard of a migration leaves its verdict. It goes with the journal's folder.
 pub fn verdict_file(id: MigrationId) -> PathBuf {
     state_directory(id).join("guard")
 }
 
+/// Where a guard logs: beside its verdict, since nobody reads its standard error. The file is there
+/// once there is something to tell.
+#[derive(Debug, Clone)]
+pub struct Log(PathBuf);
+
+impl Log {
+    /// That of the guard with this verdict.
+    pub fn beside(verdict: &Path) -> Log {
+        Log(verdict.with_extension("log"))
+    }
+}
+
+impl Write for Log {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let mut options = OpenOptions::new();
+        options.append(true).create(true).mode(0o600);
+        options.open(&self.0)?.write(line)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What the guard of a migration has logged, a line each.
+pub fn complaints(id: MigrationId) -> Vec<String> {
+    let mut text = Vec::new();
+    if let Ok(file) = File::open(log_file(id)) {
+        // What could be read is told.
+        let _ = file.take(LONGEST_LOG).read_to_end(&mut text);
+    }
+    let text = String::from_utf8_lossy(&text);
+    text.lines().map(str::to_owned).collect()
+}
+
+/// Where [`complaints`] stand. It goes with the journal's folder.
+pub(crate) fn log_file(id: MigrationId) -> PathBuf {
+    Log::beside(&verdict_file(id)).0
+}
+
 /// The whole life of a guard of the tasks in `cgroup`, of the migration in whose folder the verdict goes.
 ///
 /// # Errors
-/// If it cannot do its work; the process that started it is told.
+/// If it cannot do its work. The process that started it is told as long as it waits for that; the log
+/// has it in any case.
 pub fn run(cgroup: &Path, verdict: &Path) -> anyhow::Result<()> {
+    let done = work(cgroup, verdict);
+    done.inspect_err(|error| error!("{error:#}"))
+}
+
+fn work(cgroup: &Path, verdict: &Path) -> anyhow::Result<()> {
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)

@@ -82,15 +82,7 @@ impl Journal {
         let mut options = OpenOptions::new();
         options.append(true).create_new(true).mode(0o600);
         let file = options.open(folder.join("journal"))?;
-        let journal = Journal {
-            id,
-            side,
-            folder,
-            file,
-            contents: Contents::default(),
-            length: 0,
-            is_torn: false,
-        };
+        let journal = Journal::empty(id, side, folder, file);
         journal.reserve()?;
         journal.lock_new()?;
         // A recovery whose clock is ahead may have taken it for one that was given up.
@@ -100,6 +92,18 @@ impl Journal {
         File::open(&journal.folder)?.sync_all()?;
         File::open(STATE)?.sync_all()?;
         Ok(journal)
+    }
+
+    fn empty(id: MigrationId, side: Side, folder: PathBuf, file: File) -> Journal {
+        Journal {
+            id,
+            side,
+            folder,
+            file,
+            contents: Contents::default(),
+            length: 0,
+            is_torn: false,
+        }
     }
 
     /// Sees to it that what is appended finds room, where the file system can promise that.
@@ -126,15 +130,7 @@ impl Journal {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
-        let mut journal = Journal {
-            id,
-            side,
-            folder,
-            file,
-            contents: Contents::default(),
-            length: 0,
-            is_torn: false,
-        };
+        let mut journal = Journal::empty(id, side, folder, file);
         match journal.lock() {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
@@ -254,6 +250,7 @@ impl Unwritten {
 fn forget(id: MigrationId) {
     let _ = fs::remove_file(file_of(id));
     let _ = fs::remove_file(guard::verdict_file(id));
+    let _ = fs::remove_file(guard::log_file(id));
     let _ = fs::remove_file(wish_of(id));
     // Kept logs keep the folder.
     let _ = fs::remove_dir(state_directory(id));

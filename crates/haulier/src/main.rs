@@ -13,6 +13,7 @@ use haulier::report::Lines;
 use haulier::source::Outcome;
 use haulier::{destination, guard, source};
 use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
@@ -35,7 +36,17 @@ fn main() -> ExitCode {
         (_, 1) => "info",
         _ => "debug",
     };
-    log_to_stderr(default);
+    match &cli.command {
+        Command::Guard(arguments) => {
+            let log = guard::Log::beside(&arguments.verdict);
+            log_to(move || log.clone(), false, default);
+        }
+        _ => {
+            // By itself it colours log files and the journal too.
+            let colours = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+            log_to(io::stderr, colours, default);
+        }
+    }
     let result = match &cli.command {
         Command::Migrate(arguments) => migrate(arguments),
         Command::Serve(arguments) => serve(arguments).map(|()| MOVED),
@@ -58,8 +69,11 @@ fn main() -> ExitCode {
     }
 }
 
-/// The log goes to stderr, filtered by `RUST_LOG` (such as `haulier_memory=debug,info`) or the default.
-fn log_to_stderr(default: &str) {
+/// Where the log goes, filtered by `RUST_LOG` (such as `haulier_memory=debug,info`) or the default.
+fn log_to<W>(writer: W, colours: bool, default: &str)
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
     let wanted = std::env::var("RUST_LOG").unwrap_or_default();
     let text = if wanted.is_empty() { default } else { &wanted };
     let filter: Targets = text.parse().unwrap_or_else(|error| {
@@ -67,9 +81,8 @@ fn log_to_stderr(default: &str) {
         Targets::new().with_default(LevelFilter::WARN)
     });
     let lines = tracing_subscriber::fmt::layer()
-        // By itself it colours log files and the journal too.
-        .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
-        .with_writer(io::stderr);
+        .with_ansi(colours)
+        .with_writer(writer);
     tracing_subscriber::registry()
         .with(lines)
         .with(filter)
@@ -92,7 +105,7 @@ fn migrate(arguments: &Migrate) -> anyhow::Result<u8> {
         }
         Outcome::NothingTouched(failure) => {
             eprintln!(
-                "haulier: nothing was touched, process {} runs here\n  {failure}",
+                "haulier: nothing was touched, process {} was not stopped\n  {failure}",
                 options.pid
             );
             NOTHING_TOUCHED

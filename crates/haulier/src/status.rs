@@ -8,6 +8,7 @@ use haulier_engine::recovery::{self as rule, Decision, DestinationRecovery};
 use haulier_proto::id::MigrationId;
 use serde::Serialize;
 
+use crate::guard;
 use crate::journal::{self, Contents, Holding, Side};
 
 /// One side of one migration.
@@ -29,6 +30,8 @@ pub struct Status {
     pub records: Vec<&'static str>,
     /// What it has on this host.
     pub holdings: Vec<String>,
+    /// What the guard of its missing pages could not do.
+    pub guard: Vec<String>,
 }
 
 /// Every migration that has a journal on this host.
@@ -69,6 +72,9 @@ pub fn of(id: MigrationId) -> Vec<Status> {
                 "kill -CONT {pid}; or end it, kill -KILL {pid}, and then {RECOVER}"
             ));
         }
+        if side == Side::Destination {
+            status.guard = guard::complaints(id);
+        }
         status.holdings = contents.holdings(side).iter().map(describe).collect();
         status
     };
@@ -86,6 +92,7 @@ impl Status {
             worker,
             records: Vec::new(),
             holdings: Vec::new(),
+            guard: Vec::new(),
         }
     }
 
@@ -111,6 +118,9 @@ impl Status {
         }
         for holding in &self.holdings {
             writeln!(out, "  has {holding}")?;
+        }
+        for line in &self.guard {
+            writeln!(out, "  its guard says: {line}")?;
         }
         if let Some(pid) = self.worker {
             writeln!(out, "  process {pid} works on it")?;

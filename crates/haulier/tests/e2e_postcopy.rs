@@ -127,6 +127,31 @@ fn a_server_that_is_killed_takes_a_target_that_lacks_pages_with_it() {
     redis::assert_whole(&moving.stage, SEED, DATA);
 }
 
+/// It has outlived whoever could have heard it.
+#[test]
+fn what_a_guard_could_not_do_is_told_by_a_status() {
+    let moving = Moving::set("post-copy");
+    let host = moving.stage.host(2);
+    // From now on nothing can be silenced there.
+    let spoil = "mount --bind /bin/false $(command -v nft)";
+    host.shell(spoil).unwrap().success();
+    moving.servers[1].process.kill(Signal::KILL).unwrap();
+    eventually("the target is gone", || {
+        !host.process_alive(moving.redis.pid())
+    });
+    // It would go on asking.
+    moving.migration.process.kill(Signal::KILL).unwrap();
+    let words = "its peers will see the end of their connections";
+    let status = moving.stage.haulier(2).arg("status").output(LONG).unwrap();
+    let line = status.stdout.lines().find(|line| line.contains(words));
+    let line = line.unwrap_or_else(|| panic!("{}", status.stdout));
+    assert!(line.starts_with("  its guard says: "), "{line}");
+    let json = moving.stage.haulier(2).args(["status", "--json"]);
+    let json = json.output(LONG).unwrap().stdout;
+    let told: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert!(told[0]["guard"].to_string().contains(words), "{json}");
+}
+
 #[test]
 fn a_server_that_starts_after_a_loss_tells_the_source_that_asks() {
     let moving = Moving::set("post-copy");

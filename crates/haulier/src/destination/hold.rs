@@ -317,6 +317,8 @@ impl Hold {
             note("cgroup", &error);
         }
         let _ = std::fs::remove_dir(self.home.parent().path());
+        let complaints = guard::complaints(self.id).into_iter();
+        left.extend(complaints.map(|line| format!("as its guard says: {line}")));
         left
     }
 
