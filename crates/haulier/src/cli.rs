@@ -59,8 +59,8 @@ pub(crate) struct Guard {
 ///
 /// The process and all its descendants go on at the destination under the same process numbers. Their
 /// memory is sent while they run, before or after (--mode); they are stopped for the rest and for
-/// their state. Whatever fails before the destination has
-/// taken over, they go on here as if nothing had happened; so does Ctrl-C.
+/// their state. Whatever fails before the destination has taken over, they go on here as if nothing
+/// had happened; Ctrl-C has the same effect.
 ///
 /// Programs, libraries and open files must be at the same paths on both hosts; that, free process
 /// numbers, memory and versions are checked before anything is stopped.
@@ -68,7 +68,7 @@ pub(crate) struct Guard {
 #[command(after_help = MIGRATE_HELP)]
 pub(crate) struct Migrate {
     /// Process to move, with all its descendants
-    #[arg(value_parser = clap::value_parser!(i32).range(1..))]
+    #[arg(value_parser = process)]
     pid: i32,
     /// Where to: the address that "haulier serve" listens on there
     #[arg(value_name = "HOST:PORT", value_parser = host_and_port)]
@@ -108,16 +108,16 @@ pub(crate) struct Migrate {
     #[arg(long, value_name = "HOW", default_value_t, help_heading = MEMORY)]
     compress: Compression,
     /// Most bytes a second for memory while the process runs here, e.g. 100MiB [default: no limit]
-    #[arg(long, value_name = "SIZE", help_heading = MEMORY)]
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = MEMORY)]
     bandwidth: Option<ByteSize>,
     /// Longest time a single step may take, in seconds; then everything is undone
-    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = seconds::<1>)]
     step_time: u64,
     /// How long to ask a destination that fell silent after the commit whether it has taken over
-    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = seconds::<1>)]
     doubt_time: u64,
     /// How long a connection may be dead before it counts as broken; more for a WAN, on both hosts
-    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(4..=86_400))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = seconds::<4>)]
     link_time: u64,
     /// Do not compare the processors' features
     #[arg(long)]
@@ -134,9 +134,9 @@ Exit codes:
   0  moved: it runs on the destination
   1  haulier itself failed to start
   2  bad usage
-  3  nothing was touched: it runs here
+  3  nothing was touched: it was not stopped
   4  rolled back: it was stopped for a moment and runs here again
-  5  needs you: it stands frozen here, and whether the destination runs it is not known
+  5  needs you: it stands frozen here, and the destination does not answer, or has lost it
 
 Example: a Redis, with its address and its clients' connections
   web2# haulier serve --listen 10.0.0.2:7000
@@ -146,7 +146,7 @@ The connection is neither encrypted nor authenticated: use it on a network you t
 
 /// Accept processes from other hosts
 ///
-/// Runs until Ctrl-C. Whoever can connect can have a process run here as root: listen on an address
+/// Runs until Ctrl-C, and finishes or undoes meanwhile what a killed haulier left on this host. Whoever can connect can have a process run here as root: listen on an address
 /// of a network you trust.
 #[derive(Debug, Args)]
 pub(crate) struct Serve {
@@ -157,13 +157,13 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "PATH")]
     criu: Option<PathBuf>,
     /// Longest time a single step may take, in seconds; then everything is undone
-    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = seconds::<1>)]
     step_time: u64,
     /// How long a connection may be dead before it counts as broken; more for a WAN, on both hosts
-    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(4..=86_400))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = seconds::<4>)]
     link_time: u64,
     /// Most memory for the pages of one migration, e.g. 8GiB [default: what is free at the start]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
     max_memory: Option<ByteSize>,
 }
 
@@ -211,6 +211,30 @@ impl Serve {
     }
 }
 
+/// A process number.
+fn process(text: &str) -> Result<i32, String> {
+    match text.parse() {
+        Ok(pid) if pid > 0 => Ok(pid),
+        _ => Err("expected the number of one process, e.g. from pidof or pgrep".to_owned()),
+    }
+}
+
+/// A number of seconds, at least so many and at most a day.
+pub(crate) fn seconds<const LEAST: u64>(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(seconds @ ..=86_400) if seconds >= LEAST => Ok(seconds),
+        _ => Err(format!(
+            "expected a number of seconds from {LEAST} to 86400"
+        )),
+    }
+}
+
+/// `100MiB`, `8GiB`.
+fn size(text: &str) -> Result<ByteSize, String> {
+    let size = text.parse();
+    size.map_err(|_| "expected a size such as 100MiB or 8GiB".to_owned())
+}
+
 /// `300ms`, `2s`, `1m`.
 pub(crate) fn time(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text)
@@ -219,8 +243,7 @@ pub(crate) fn time(text: &str) -> Result<Duration, String> {
 
 /// `host:port`, `1.2.3.4:port` or `[v6]:port`; names are looked up later.
 pub(crate) fn host_and_port(text: &str) -> Result<String, String> {
-    let wrong =
-        || format!("expected HOST:PORT, e.g. 10.0.0.2:7000 or [fd00::2]:7000, got {text:?}");
+    let wrong = || "expected HOST:PORT, e.g. 10.0.0.2:7000 or [fd00::2]:7000".to_owned();
     let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
     let bare_v6 = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
     if host.is_empty() || bare_v6 || port.parse::<u16>().is_err() {
@@ -267,6 +290,14 @@ mod tests {
         assert!(migrate(&["7", "a:1", "--move-ip", "10.0.0.5/24@eth0"]).is_ok());
         assert!(migrate(&["0", "a:1"]).is_err());
         assert!(migrate(&["-5", "a:1"]).is_err());
+        assert!(migrate(&["nginx", "a:1"]).is_err());
+        assert!(migrate(&["7", "a:1", "--step-time", "0"]).is_err());
+        assert!(migrate(&["7", "a:1", "--step-time", "2m"]).is_err());
+        assert!(migrate(&["7", "a:1", "--step-time", "86401"]).is_err());
+        assert!(migrate(&["7", "a:1", "--step-time", "86400", "--link-time", "4"]).is_ok());
+        assert!(migrate(&["7", "a:1", "--link-time", "3"]).is_err());
+        assert!(migrate(&["7", "a:1", "--bandwidth", "100MiB"]).is_ok());
+        assert!(migrate(&["7", "a:1", "--bandwidth", "fast"]).is_err());
         assert!(migrate(&["7", "a"]).is_err());
         assert!(migrate(&["7", "a:1", "--move-ip", "10.0.0.5"]).is_err());
         assert!(migrate(&["7", "a:1", "--streams", "0"]).is_err());

@@ -65,8 +65,8 @@ pub enum ResolveError {
     #[error("this host does not wait for a word on migration {0}; nothing was changed")]
     NotInDoubt(MigrationId),
     /// It has no journal.
-    #[error("there is no {0}; nothing was changed")]
-    Unknown(String),
+    #[error("there is no migration {0} on this host; nothing was changed")]
+    Unknown(MigrationId),
     /// Its lock is held.
     #[error("{0} works on that migration at this moment; nothing was changed")]
     UnderWay(String),
@@ -76,9 +76,8 @@ pub enum ResolveError {
 }
 
 fn take_over_for_a_person(id: MigrationId) -> Result<Journal, ResolveError> {
-    let name = journal::file_of(id);
-    if !name.exists() {
-        return Err(ResolveError::Unknown(name.display().to_string()));
+    if !journal::file_of(id).exists() {
+        return Err(ResolveError::Unknown(id));
     }
     let deadline = Instant::now() + YIELD_TIME;
     let _wanted = Wanted::want(id).map_err(ResolveError::Journal)?;

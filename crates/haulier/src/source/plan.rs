@@ -22,6 +22,8 @@ use crate::failure::Failure;
 
 /// The architecture that haulier is made for: pages of 4 KiB are assumed throughout.
 const ARCHITECTURE: &str = "x86_64";
+/// Most reasons that are told why a tree cannot be moved; whoever has more has taken the wrong process.
+const MOST_OBSTACLES: usize = 6;
 
 /// What the user asked for.
 #[derive(Debug, Clone)]
@@ -225,9 +227,18 @@ pub(crate) fn claimed(host: &str, phase: Phase, pid: i32, claim: Claim) -> Failu
 
 fn cannot_be_moved(host: &str, obstacles: &[(String, String)]) -> Failure {
     let list = |pick: fn(&(String, String)) -> &String| {
-        let mut texts: Vec<&str> = obstacles.iter().map(|o| pick(o).as_str()).collect();
-        texts.dedup();
-        texts.join("; ")
+        let mut texts: Vec<&str> = Vec::new();
+        for text in obstacles.iter().map(pick) {
+            if !texts.contains(&text.as_str()) {
+                texts.push(text);
+            }
+        }
+        let more = texts.len().saturating_sub(MOST_OBSTACLES);
+        texts.truncate(MOST_OBSTACLES);
+        match more {
+            0 => texts.join("; "),
+            _ => format!("{}; and {more} more", texts.join("; ")),
+        }
     };
     Failure::new(
         host,
