@@ -134,13 +134,12 @@ fn what_a_guard_could_not_do_is_told_by_a_status() {
     let host = moving.stage.host(2);
     // From now on nothing can be silenced there.
     let spoil = "mount --bind /bin/false $(command -v nft)";
+    let mend = "umount $(command -v nft)";
     host.shell(spoil).unwrap().success();
     moving.servers[1].process.kill(Signal::KILL).unwrap();
     eventually("the target is gone", || {
         !host.process_alive(moving.redis.pid())
     });
-    // It would go on asking.
-    moving.migration.process.kill(Signal::KILL).unwrap();
     let words = "its peers will see the end of their connections";
     let status = moving.stage.haulier(2).arg("status").output(LONG).unwrap();
     let line = status.stdout.lines().find(|line| line.contains(words));
@@ -150,6 +149,13 @@ fn what_a_guard_could_not_do_is_told_by_a_status() {
     let json = json.output(LONG).unwrap().stdout;
     let told: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert!(told[0]["guard"].to_string().contains(words), "{json}");
+    // Its client waits for an answer, and this test for the client.
+    host.shell(mend).unwrap().success();
+    moving.stage.lab.shape(None).unwrap();
+    moving.migration.process.kill(Signal::KILL).unwrap();
+    let _ = moving.migration.finish(LONG).unwrap();
+    let _server = moving.stage.serve(2);
+    run_here(&moving.stage);
 }
 
 #[test]
