@@ -4,7 +4,8 @@
 //! kernel notes the first write to every page by itself; a look takes the notes and protects again in
 //! one step, while the task runs. *Soft-dirty*: a bit of the page table; it is read and cleared in two
 //! steps, so the tasks are stopped for that ([`Hold`]). Neither changes what the tasks do or see, and
-//! both end without trace if we die.
+//! both end without trace if we die, provided that userfaultfds are taken by a process of its own
+//! ([`Tracker::taking_by`]).
 //!
 //! Only [lazy](crate::mappings::MappingKind::Lazy) mappings are tracked. A page that is not populated
 //! is never part of [`TaskScan::written`], also if it was discarded since the last look: it has no
@@ -16,6 +17,8 @@ use std::fmt;
 use std::io;
 use std::str::FromStr;
 use std::time::Duration;
+
+use haulier_sys::remote::{Directly, TakeUserfaultfd};
 
 use crate::ranges::RangeSet;
 
@@ -212,16 +215,22 @@ pub struct Tracker {
 
 #[derive(Debug)]
 enum Backend {
-    WriteProtect(BTreeMap<TaskId, Protected>),
+    WriteProtect(BTreeMap<TaskId, Protected>, Box<dyn TakeUserfaultfd>),
     SoftDirty(SoftDirty),
 }
 
 impl Tracker {
-    /// A tracker that has not looked yet.
+    /// A tracker that has not looked yet, and takes userfaultfds itself.
     pub fn new(kind: TrackerKind) -> Tracker {
+        Tracker::taking_by(kind, Box::new(Directly))
+    }
+
+    /// A tracker that has not looked yet, for which another takes userfaultfds: one that does no harm to
+    /// a task when this process is killed meanwhile.
+    pub fn taking_by(kind: TrackerKind, taker: Box<dyn TakeUserfaultfd>) -> Tracker {
         Tracker {
             backend: match kind {
-                TrackerKind::WriteProtect => Backend::WriteProtect(BTreeMap::new()),
+                TrackerKind::WriteProtect => Backend::WriteProtect(BTreeMap::new(), taker),
                 TrackerKind::SoftDirty => Backend::SoftDirty(SoftDirty::default()),
             },
             seen: BTreeSet::new(),
@@ -231,7 +240,7 @@ impl Tracker {
     /// Which way it goes.
     pub fn kind(&self) -> TrackerKind {
         match self.backend {
-            Backend::WriteProtect(_) => TrackerKind::WriteProtect,
+            Backend::WriteProtect(..) => TrackerKind::WriteProtect,
             Backend::SoftDirty(_) => TrackerKind::SoftDirty,
         }
     }
@@ -246,7 +255,7 @@ impl Tracker {
     /// [`TrackError`]. The tracker is of no further use then.
     pub fn scan(&mut self, tasks: &[TaskId], hold: &mut dyn Hold) -> Result<Scan, TrackError> {
         let found = match &mut self.backend {
-            Backend::WriteProtect(spaces) => protect::look(spaces, tasks)?,
+            Backend::WriteProtect(spaces, taker) => protect::look(spaces, &mut **taker, tasks)?,
             Backend::SoftDirty(tracker) => tracker.look(tasks, hold)?,
         };
         Ok(self.account(found))
@@ -271,7 +280,7 @@ impl Tracker {
     /// [`TrackError`].
     pub fn last_look(&mut self, tasks: &[TaskId]) -> Result<Scan, TrackError> {
         let found = match &mut self.backend {
-            Backend::WriteProtect(spaces) => protect::last(spaces, tasks)?,
+            Backend::WriteProtect(spaces, _) => protect::last(spaces, tasks)?,
             Backend::SoftDirty(tracker) => tracker.finish(tasks)?,
         };
         Ok(self.account(found))
@@ -279,7 +288,7 @@ impl Tracker {
 
     /// Ends all tracking.
     pub fn end(&mut self) {
-        if let Backend::WriteProtect(spaces) = &mut self.backend {
+        if let Backend::WriteProtect(spaces, _) = &mut self.backend {
             spaces.clear();
         }
         self.seen.clear();

@@ -7,9 +7,15 @@
 //!
 //! The thread does not notice: its registers and its signal mask are what they were, signals that
 //! come meanwhile wait, a blocking call is resumed by the kernel as after a stop that no handler saw,
-//! and a stopped process stays stopped. If *we* are killed in these some 0.1 ms, the thread goes on in
-//! the wrong place and the process most likely dies.
+//! and a stopped process stays stopped.
+//!
+//! If the *tracer* is killed in these some 0.1 ms, the thread goes on in the wrong place and the
+//! process most likely dies, or a descriptor is left in it. So an agent, which may be killed at any
+//! moment, has a small process of its own do this ([`apart`]), which brings it to its end whatever
+//! becomes of the agent. [`leftover`] finds what a tracer that was killed has left all the same.
 
+use std::borrow::Cow;
+use std::fmt;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::panic;
@@ -18,8 +24,10 @@ use std::time::{Duration, Instant};
 
 use crate::pidfd::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
+pub mod apart;
 mod code;
 mod held;
+pub mod leftover;
 mod ptrace;
 mod threads;
 
@@ -68,7 +76,7 @@ pub enum RemoteError {
     #[error("{call} fails in the process")]
     Refused {
         /// The system call.
-        call: &'static str,
+        call: Cow<'static, str>,
         /// Its answer.
         #[source]
         source: io::Error,
@@ -77,7 +85,7 @@ pub enum RemoteError {
     #[error("cannot {action}")]
     Io {
         /// What failed.
-        action: &'static str,
+        action: Cow<'static, str>,
         /// The kernel's answer.
         #[source]
         source: io::Error,
@@ -88,8 +96,70 @@ impl RemoteError {
     fn io(action: &'static str) -> impl Fn(io::Error) -> RemoteError {
         move |source| match source.raw_os_error() {
             Some(libc::ESRCH) => RemoteError::Gone,
-            _ => RemoteError::Io { action, source },
+            _ => RemoteError::Io {
+                action: action.into(),
+                source,
+            },
         }
+    }
+
+    fn refused(call: &'static str) -> impl Fn(io::Error) -> RemoteError {
+        move |source| RemoteError::Refused {
+            call: call.into(),
+            source,
+        }
+    }
+}
+
+/// What is done while a thread is held.
+pub type Beside<'a> = dyn FnMut() -> io::Result<()> + Send + 'a;
+
+/// Whoever makes other processes call for us.
+pub trait TakeUserfaultfd: fmt::Debug + Send {
+    /// As [`take_userfaultfd`]. `beside` may run again if a first attempt came to nothing.
+    ///
+    /// # Errors
+    /// [`RemoteError`].
+    fn take(
+        &mut self,
+        pid: i32,
+        timeout: Duration,
+        beside: &mut Beside<'_>,
+    ) -> Result<Taken<()>, RemoteError>;
+
+    /// As [`leftover::close`].
+    ///
+    /// # Errors
+    /// [`RemoteError`].
+    fn close(
+        &mut self,
+        pid: i32,
+        timeout: Duration,
+        what: leftover::Leftover,
+    ) -> Result<(), RemoteError>;
+}
+
+/// By this process itself: right where it is not killed on the way.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Directly;
+
+impl TakeUserfaultfd for Directly {
+    fn take(
+        &mut self,
+        pid: i32,
+        timeout: Duration,
+        beside: &mut Beside<'_>,
+    ) -> Result<Taken<()>, RemoteError> {
+        take_userfaultfd(pid, timeout, beside)
+    }
+
+    fn close(
+        &mut self,
+        pid: i32,
+        timeout: Duration,
+        what: leftover::Leftover,
+    ) -> Result<(), RemoteError> {
+        leftover::close(pid, timeout, what)
     }
 }
 
@@ -104,9 +174,21 @@ pub fn take_userfaultfd<T: Send>(
     timeout: Duration,
     beside: impl FnOnce() -> io::Result<T> + Send,
 ) -> Result<Taken<T>, RemoteError> {
-    // ptrace knows threads, not processes; and if a thread of the target cannot be stopped, the end
-    // of this one is what lets go of it.
-    let work = || take(pid, Instant::now() + timeout, beside);
+    let held = |userfaultfd| Ok((userfaultfd, beside()?));
+    let deadline = Instant::now() + timeout;
+    let ((userfaultfd, beside), stopped) = as_tracer(|| take(pid, deadline, held))?;
+    Ok(Taken {
+        userfaultfd,
+        beside,
+        stopped,
+    })
+}
+
+/// Does the work on a thread of its own. ptrace knows threads, not processes; and if a thread of the
+/// target cannot be stopped, the end of this one is what lets go of it.
+fn as_tracer<T: Send>(
+    work: impl FnOnce() -> Result<T, RemoteError> + Send,
+) -> Result<T, RemoteError> {
     thread::scope(|scope| {
         thread::Builder::new()
             .name("tracer".to_owned())
@@ -117,48 +199,40 @@ pub fn take_userfaultfd<T: Send>(
     })
 }
 
+/// Has a thread of the process make a userfaultfd; `held` gets it while the thread is held. Returns
+/// how long that was.
 fn take<T>(
     pid: i32,
     deadline: Instant,
-    beside: impl FnOnce() -> io::Result<T>,
-) -> Result<Taken<T>, RemoteError> {
-    let instruction = code::find_syscall(pid)?;
-    let mut held = threads::stop_one(pid, deadline)?;
-    let outcome = take_held(pid, instruction, &mut held, beside);
-    // Whatever came out, the thread goes on first.
-    let stopped = held.release()?;
-    let (userfaultfd, beside) = outcome?;
-    Ok(Taken {
-        userfaultfd,
-        beside,
-        stopped,
+    held: impl FnOnce(OwnedFd) -> io::Result<T>,
+) -> Result<(T, Duration), RemoteError> {
+    with_thread(pid, deadline, |thread| {
+        let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | USER_MODE_ONLY;
+        let fd = thread
+            .call(libc::SYS_userfaultfd, [flags, 0, 0])?
+            .map_err(RemoteError::refused("userfaultfd"))?;
+        let taken = duplicate(pid, thread.thread(), fd as RawFd)
+            .map_err(RemoteError::io("take the descriptor of the process"));
+        let result = taken.and_then(|fd| held(fd).map_err(RemoteError::io("look at the process")));
+        thread
+            .call_in_any_case(libc::SYS_close, [fd, 0, 0])?
+            .map_err(RemoteError::refused("close"))?;
+        result
     })
 }
 
-fn take_held<T>(
+/// Has a thread of the process, held, do something; it goes on whatever came out. Returns how long it
+/// was held.
+fn with_thread<T>(
     pid: i32,
-    instruction: u64,
-    held: &mut Held,
-    beside: impl FnOnce() -> io::Result<T>,
-) -> Result<(OwnedFd, T), RemoteError> {
-    held.prepare(instruction)?;
-    let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | USER_MODE_ONLY;
-    let call = held.call(libc::SYS_userfaultfd, [flags, 0, 0])?;
-    let fd = call.map_err(|source| RemoteError::Refused {
-        call: "userfaultfd",
-        source,
-    })?;
-    let taken = duplicate(pid, held.thread(), fd as RawFd);
-    let beside = beside();
-    held.call(libc::SYS_close, [fd, 0, 0])?
-        .map_err(|source| RemoteError::Refused {
-            call: "close",
-            source,
-        })?;
-    Ok((
-        taken.map_err(RemoteError::io("take the descriptor of the process"))?,
-        beside.map_err(RemoteError::io("look at the process"))?,
-    ))
+    deadline: Instant,
+    work: impl FnOnce(&mut Held) -> Result<T, RemoteError>,
+) -> Result<(T, Duration), RemoteError> {
+    let instruction = code::find_syscall(pid)?;
+    let mut held = threads::stop_one(pid, deadline)?;
+    let outcome = held.prepare(instruction).and_then(|()| work(&mut held));
+    let stopped = held.release()?;
+    Ok((outcome?, stopped))
 }
 
 /// Our own copy of a descriptor of a thread.

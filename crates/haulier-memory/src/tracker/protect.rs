@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use haulier_sys::pagemap::category::{PRESENT, SWAPPED, WRITTEN};
 use haulier_sys::pagemap::{Pagemap, Query};
-use haulier_sys::remote::{RemoteError, Taken, take_userfaultfd};
+use haulier_sys::remote::{RemoteError, TakeUserfaultfd};
 use haulier_sys::userfaultfd::{Userfaultfd, features};
 use rustix::io::Errno;
 
@@ -83,12 +83,13 @@ impl From<io::Error> for Failure {
 /// A look at running tasks.
 pub(super) fn look(
     spaces: &mut BTreeMap<TaskId, Protected>,
+    taker: &mut dyn TakeUserfaultfd,
     tasks: &[TaskId],
 ) -> Result<Vec<TaskScan>, TrackError> {
     spaces.retain(|task, _| tasks.contains(task));
     let mut scans = Vec::with_capacity(tasks.len());
     for task in tasks {
-        scans.extend(look_at(spaces, *task)?);
+        scans.extend(look_at(spaces, taker, *task)?);
     }
     Ok(scans)
 }
@@ -122,13 +123,14 @@ pub(super) fn last(
 
 fn look_at(
     spaces: &mut BTreeMap<TaskId, Protected>,
+    taker: &mut dyn TakeUserfaultfd,
     task: TaskId,
 ) -> Result<Option<TaskScan>, TrackError> {
     let mut stopped = Duration::ZERO;
     for _ in 0..ATTEMPTS {
         let mut space = match spaces.remove(&task) {
             Some(space) => space,
-            None => match begin(task.pid) {
+            None => match begin(taker, task.pid) {
                 Ok((space, pause)) => {
                     stopped += pause;
                     space
@@ -158,22 +160,22 @@ fn look_at(
     untracked(task, Some(always))
 }
 
-fn begin(pid: i32) -> Result<(Protected, Duration), RemoteError> {
-    let beside = || {
+fn begin(taker: &mut dyn TakeUserfaultfd, pid: i32) -> Result<(Protected, Duration), RemoteError> {
+    let mut seen = Err(io::Error::from(Errno::SRCH));
+    let taken = taker.take(pid, PATIENCE, &mut || {
         let gone = || io::Error::from(Errno::SRCH);
         let identity = Identity::of(pid)?.ok_or_else(gone)?;
-        Ok((identity, Pagemap::open(pid)?, mappings::Source::open(pid)?))
+        seen = Ok((identity, Pagemap::open(pid)?, mappings::Source::open(pid)?));
+        Ok(())
+    })?;
+    let failed = |action: &'static str| {
+        let action = action.into();
+        |source| RemoteError::Io { action, source }
     };
-    let Taken {
-        userfaultfd,
-        beside: (identity, pagemap, source),
-        stopped,
-    } = take_userfaultfd(pid, PATIENCE, beside)?;
-    let uffd =
-        Userfaultfd::begin(userfaultfd, features::WP_ASYNC).map_err(|source| RemoteError::Io {
-            action: "ask its userfaultfd for asynchronous write protection",
-            source,
-        })?;
+    let (identity, pagemap, source) = seen.map_err(failed("look at the process"))?;
+    let uffd = Userfaultfd::begin(taken.userfaultfd, features::WP_ASYNC).map_err(failed(
+        "ask its userfaultfd for asynchronous write protection",
+    ))?;
     let space = Protected {
         identity,
         uffd,
@@ -181,7 +183,7 @@ fn begin(pid: i32) -> Result<(Protected, Duration), RemoteError> {
         source,
         registered: RangeSet::new(),
     };
-    Ok((space, stopped))
+    Ok((space, taken.stopped))
 }
 
 impl Protected {

@@ -148,6 +148,40 @@ pub(crate) fn running_threads_are_not_disturbed(stage: &Stage) {
     task.on("touch", 0, 1, 0);
 }
 
+/// Descriptors of a process that are userfaultfds.
+pub(crate) fn userfaultfds(pid: i32) -> usize {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let links = entries.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
+    links
+        .filter(|link| link.to_string_lossy().contains("userfaultfd"))
+        .count()
+}
+
+pub(crate) fn nothing_is_left_however_short_the_time(stage: &Stage) {
+    if !stage.injects() {
+        return;
+    }
+    let mut task = stage.task();
+    task.map(0, 256);
+    task.on("threads", 0, 256, 2);
+    let mut ended = [0; 3];
+    for round in 0..600 {
+        let patience = Duration::from_micros(round % 200);
+        let taken = haulier_sys::remote::take_userfaultfd(task.pid(), patience, || Ok(()));
+        match taken {
+            Ok(_) => ended[0] += 1,
+            Err(haulier_sys::remote::RemoteError::Busy) => ended[1] += 1,
+            Err(error) => panic!("{error:?}"),
+        }
+        if userfaultfds(task.pid()) > 0 {
+            ended[2] += 1;
+        }
+    }
+    println!("taken, not taken, and left: {ended:?}");
+    assert_eq!(ended[2], 0, "{ended:?}");
+    task.on("touch", 0, 1, 0);
+}
+
 pub(crate) fn a_stopped_task_stays_stopped(stage: &Stage) {
     let mut task = stage.task();
     task.map(0, 8);

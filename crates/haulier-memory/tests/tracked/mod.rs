@@ -47,6 +47,7 @@ macro_rules! all_checks {
             calls::signals_that_come_meanwhile_are_delivered
             calls::a_timer_of_a_thousand_signals_a_second_goes_on
             calls::running_threads_are_not_disturbed
+            calls::nothing_is_left_however_short_the_time
             calls::a_stopped_task_stays_stopped
             calls::a_frozen_task_is_not_harmed
         }

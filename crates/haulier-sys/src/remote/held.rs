@@ -38,14 +38,20 @@ struct Prepared {
 }
 
 impl Held {
-    /// Stops a thread at the border of the kernel.
-    pub(super) fn stop(pid: i32, thread: i32, deadline: Instant) -> Result<Held, RemoteError> {
+    /// Stops a thread at the border of the kernel, until `stopped` at the latest. What it is made to do
+    /// has until `deadline`.
+    pub(super) fn stop(
+        pid: i32,
+        thread: i32,
+        stopped: Instant,
+        deadline: Instant,
+    ) -> Result<Held, RemoteError> {
         let filtered = has_seccomp(pid, thread);
         seize(thread, filtered)?;
         let since = Instant::now();
         ptrace::interrupt(thread).map_err(RemoteError::io("interrupt the thread"))?;
         loop {
-            match wait(thread, deadline)? {
+            match wait(thread, stopped)? {
                 Stop::Event => break,
                 // Delivered as it would have been without us.
                 Stop::Signal(signal) => resume(thread, signal)?,
@@ -101,9 +107,29 @@ impl Held {
         Ok(())
     }
 
-    /// Has the thread do a system call; the inner result is the call's own.
+    /// Has the thread do a system call; the inner result is the call's own. With an error of ours the
+    /// call was not done.
     pub(super) fn call(
         &mut self,
+        number: libc::c_long,
+        arguments: [u64; 3],
+    ) -> Result<io::Result<u64>, RemoteError> {
+        self.call_until(self.deadline, number, arguments)
+    }
+
+    /// The same, for what has to be done whatever time is left.
+    pub(super) fn call_in_any_case(
+        &mut self,
+        number: libc::c_long,
+        arguments: [u64; 3],
+    ) -> Result<io::Result<u64>, RemoteError> {
+        let deadline = self.deadline.max(Instant::now() + RELEASE);
+        self.call_until(deadline, number, arguments)
+    }
+
+    fn call_until(
+        &mut self,
+        mut deadline: Instant,
         number: libc::c_long,
         arguments: [u64; 3],
     ) -> Result<io::Result<u64>, RemoteError> {
@@ -117,15 +143,33 @@ impl Held {
         [registers.rdi, registers.rsi, registers.rdx] = arguments;
         ptrace::set_registers(self.thread, &registers)
             .map_err(RemoteError::io("set the registers"))?;
-        // The first stop is at the entry of the call, the second at its end.
         let mut signal = 0;
-        let mut passed = 0;
-        while passed < 2 {
+        let (mut late, mut entered) = (false, false);
+        loop {
             ptrace::to_system_call(self.thread, signal)
                 .map_err(RemoteError::io("let the thread call"))?;
             signal = 0;
-            match wait(self.thread, self.deadline)? {
-                Stop::Syscall => passed += 1,
+            let stop = match wait(self.thread, deadline) {
+                // It has not come to the call, or just does.
+                Err(RemoteError::Busy) if !late => {
+                    late = true;
+                    deadline = Instant::now() + RELEASE;
+                    ptrace::interrupt(self.thread)
+                        .map_err(RemoteError::io("interrupt the thread"))?;
+                    wait(self.thread, deadline)?
+                }
+                other => other?,
+            };
+            match stop {
+                // The first stop is at the entry of the call, the second at its end.
+                Stop::Syscall if entered => break,
+                // From here on the call is done: to leave it now would leave what it makes.
+                Stop::Syscall => {
+                    entered = true;
+                    late = true;
+                    deadline = deadline.max(Instant::now() + RELEASE);
+                }
+                Stop::Event if late && !entered => return Err(RemoteError::Busy),
                 // The process is being stopped or continued. A thread that is traced runs all the
                 // same, and stands with the others once it is let go.
                 Stop::Event | Stop::Other => {}

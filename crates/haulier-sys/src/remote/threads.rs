@@ -23,7 +23,7 @@ pub(super) fn stop_one(pid: i32, deadline: Instant) -> Result<Held, RemoteError>
         } else {
             deadline.min(Instant::now() + EACH)
         };
-        outcome = Held::stop(pid, *thread, until);
+        outcome = Held::stop(pid, *thread, until, deadline);
         match &outcome {
             // This thread may have ended alone, or wait where nothing reaches it.
             Err(RemoteError::Gone | RemoteError::Busy) if Instant::now() < deadline => {}
