@@ -86,11 +86,19 @@ pub(crate) struct Source {
 
 impl Source {
     pub(crate) fn open(pid: i32) -> io::Result<Source> {
-        Ok(Source {
+        Ok(Source::from_file(
             pid,
-            maps: File::open(format!("/proc/{pid}/maps"))?,
+            File::open(format!("/proc/{pid}/maps"))?,
+        ))
+    }
+
+    /// The same, opened by somebody else.
+    pub(crate) fn from_file(pid: i32, maps: File) -> Source {
+        Source {
+            pid,
+            maps,
             buffer: Vec::new(),
-        })
+        }
     }
 
     /// As [`read`], at this moment. The answer is empty if the address space is gone.

@@ -109,10 +109,16 @@ impl Pagemap {
     /// # Errors
     /// The process is gone, or may not be looked at.
     pub fn open(pid: i32) -> io::Result<Pagemap> {
-        Ok(Pagemap {
-            file: File::open(format!("/proc/{pid}/pagemap"))?,
+        let file = File::open(format!("/proc/{pid}/pagemap"))?;
+        Ok(Pagemap::from_file(file))
+    }
+
+    /// The same, opened by somebody else.
+    pub fn from_file(file: File) -> Pagemap {
+        Pagemap {
+            file,
             regions: vec![Region::default(); BATCH],
-        })
+        }
     }
 
     /// Tells `found` every range of pages between two addresses that the query is for, ascending.

@@ -16,6 +16,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::panic;
@@ -32,6 +33,7 @@ mod ptrace;
 mod threads;
 
 use held::Held;
+use leftover::Leftover;
 
 /// `UFFD_USER_MODE_ONLY`: the flag with which every process may have one.
 const USER_MODE_ONLY: u64 = 1;
@@ -111,32 +113,44 @@ impl RemoteError {
     }
 }
 
-/// What is done while a thread is held.
-pub type Beside<'a> = dyn FnMut() -> io::Result<()> + Send + 'a;
+/// What of a process has to be got hold of while a thread is held: all of the address space of which
+/// the userfaultfd is.
+#[derive(Debug)]
+pub struct Look {
+    /// `/proc/<pid>/stat`, as it was then.
+    pub stat: String,
+    /// `/proc/<pid>/pagemap`, open.
+    pub pagemap: OwnedFd,
+    /// `/proc/<pid>/maps`, open.
+    pub maps: OwnedFd,
+}
+
+impl Look {
+    fn at(pid: i32) -> io::Result<Look> {
+        let open =
+            |name| Ok::<OwnedFd, io::Error>(File::open(format!("/proc/{pid}/{name}"))?.into());
+        let stat = fs::read(format!("/proc/{pid}/stat"))?;
+        Ok(Look {
+            stat: String::from_utf8_lossy(&stat).into_owned(),
+            pagemap: open("pagemap")?,
+            maps: open("maps")?,
+        })
+    }
+}
 
 /// Whoever makes other processes call for us.
 pub trait TakeUserfaultfd: fmt::Debug + Send {
-    /// As [`take_userfaultfd`]. `beside` may run again if a first attempt came to nothing.
+    /// A userfaultfd of a process, and a look at that.
     ///
     /// # Errors
     /// [`RemoteError`].
-    fn take(
-        &mut self,
-        pid: i32,
-        timeout: Duration,
-        beside: &mut Beside<'_>,
-    ) -> Result<Taken<()>, RemoteError>;
+    fn take(&mut self, pid: i32, timeout: Duration) -> Result<Taken<Look>, RemoteError>;
 
     /// As [`leftover::close`].
     ///
     /// # Errors
     /// [`RemoteError`].
-    fn close(
-        &mut self,
-        pid: i32,
-        timeout: Duration,
-        what: leftover::Leftover,
-    ) -> Result<(), RemoteError>;
+    fn close(&mut self, pid: i32, timeout: Duration, what: Leftover) -> Result<(), RemoteError>;
 }
 
 /// By this process itself: right where it is not killed on the way.
@@ -144,21 +158,11 @@ pub trait TakeUserfaultfd: fmt::Debug + Send {
 pub struct Directly;
 
 impl TakeUserfaultfd for Directly {
-    fn take(
-        &mut self,
-        pid: i32,
-        timeout: Duration,
-        beside: &mut Beside<'_>,
-    ) -> Result<Taken<()>, RemoteError> {
-        take_userfaultfd(pid, timeout, beside)
+    fn take(&mut self, pid: i32, timeout: Duration) -> Result<Taken<Look>, RemoteError> {
+        take_userfaultfd(pid, timeout, || Look::at(pid))
     }
 
-    fn close(
-        &mut self,
-        pid: i32,
-        timeout: Duration,
-        what: leftover::Leftover,
-    ) -> Result<(), RemoteError> {
+    fn close(&mut self, pid: i32, timeout: Duration, what: Leftover) -> Result<(), RemoteError> {
         leftover::close(pid, timeout, what)
     }
 }
@@ -174,9 +178,8 @@ pub fn take_userfaultfd<T: Send>(
     timeout: Duration,
     beside: impl FnOnce() -> io::Result<T> + Send,
 ) -> Result<Taken<T>, RemoteError> {
-    let held = |userfaultfd| Ok((userfaultfd, beside()?));
     let deadline = Instant::now() + timeout;
-    let ((userfaultfd, beside), stopped) = as_tracer(|| take(pid, deadline, held))?;
+    let ((userfaultfd, beside), stopped) = as_tracer(|| take(pid, deadline, beside))?;
     Ok(Taken {
         userfaultfd,
         beside,
@@ -199,25 +202,25 @@ fn as_tracer<T: Send>(
     })
 }
 
-/// Has a thread of the process make a userfaultfd; `held` gets it while the thread is held. Returns
-/// how long that was.
 fn take<T>(
     pid: i32,
     deadline: Instant,
-    held: impl FnOnce(OwnedFd) -> io::Result<T>,
-) -> Result<(T, Duration), RemoteError> {
+    beside: impl FnOnce() -> io::Result<T>,
+) -> Result<((OwnedFd, T), Duration), RemoteError> {
     with_thread(pid, deadline, |thread| {
         let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | USER_MODE_ONLY;
         let fd = thread
             .call(libc::SYS_userfaultfd, [flags, 0, 0])?
             .map_err(RemoteError::refused("userfaultfd"))?;
-        let taken = duplicate(pid, thread.thread(), fd as RawFd)
-            .map_err(RemoteError::io("take the descriptor of the process"));
-        let result = taken.and_then(|fd| held(fd).map_err(RemoteError::io("look at the process")));
+        let taken = duplicate(pid, thread.thread(), fd as RawFd);
+        let beside = beside();
         thread
             .call_in_any_case(libc::SYS_close, [fd, 0, 0])?
             .map_err(RemoteError::refused("close"))?;
-        result
+        Ok((
+            taken.map_err(RemoteError::io("take the descriptor of the process"))?,
+            beside.map_err(RemoteError::io("look at the process"))?,
+        ))
     })
 }
 

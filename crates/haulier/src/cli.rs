@@ -42,6 +42,11 @@ pub(crate) enum Command {
     ImageCache(ImageCache),
     #[command(hide = true)]
     Guard(Guard),
+    /// Have the target make userfaultfds for a haulier that may be killed
+    ///
+    /// Started by "haulier migrate", with a socket as its standard input.
+    #[command(hide = true)]
+    Tracer,
 }
 
 /// Keep the missing pages of a restored process from becoming zeros when the server dies

@@ -21,6 +21,7 @@ pub mod report;
 pub mod source;
 pub mod status;
 pub mod timeline;
+pub mod tracer;
 
 /// Program and version, as the peer is told.
 pub const SOFTWARE: &str = concat!("haulier ", env!("CARGO_PKG_VERSION"));

@@ -11,7 +11,7 @@ use clap::Parser;
 use haulier::interrupt::cancel_on_signals;
 use haulier::report::Lines;
 use haulier::source::Outcome;
-use haulier::{destination, guard, source};
+use haulier::{destination, guard, source, tracer};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
@@ -59,6 +59,7 @@ fn main() -> ExitCode {
         Command::Guard(arguments) => {
             guard::run(&arguments.cgroup, &arguments.verdict).map(|()| MOVED)
         }
+        Command::Tracer => tracer::run().map(|()| MOVED),
     };
     match result {
         Ok(code) => ExitCode::from(code),

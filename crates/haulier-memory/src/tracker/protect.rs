@@ -161,26 +161,19 @@ fn look_at(
 }
 
 fn begin(taker: &mut dyn TakeUserfaultfd, pid: i32) -> Result<(Protected, Duration), RemoteError> {
-    let mut seen = Err(io::Error::from(Errno::SRCH));
-    let taken = taker.take(pid, PATIENCE, &mut || {
-        let gone = || io::Error::from(Errno::SRCH);
-        let identity = Identity::of(pid)?.ok_or_else(gone)?;
-        seen = Ok((identity, Pagemap::open(pid)?, mappings::Source::open(pid)?));
-        Ok(())
+    let taken = taker.take(pid, PATIENCE)?;
+    let look = taken.beside;
+    // What has no address space has ended.
+    let identity = Identity::by_stat(&look.stat).ok_or(RemoteError::Gone)?;
+    let uffd = Userfaultfd::begin(taken.userfaultfd, features::WP_ASYNC).map_err(|source| {
+        let action = "ask its userfaultfd for asynchronous write protection".into();
+        RemoteError::Io { action, source }
     })?;
-    let failed = |action: &'static str| {
-        let action = action.into();
-        |source| RemoteError::Io { action, source }
-    };
-    let (identity, pagemap, source) = seen.map_err(failed("look at the process"))?;
-    let uffd = Userfaultfd::begin(taken.userfaultfd, features::WP_ASYNC).map_err(failed(
-        "ask its userfaultfd for asynchronous write protection",
-    ))?;
     let space = Protected {
         identity,
         uffd,
-        pagemap,
-        source,
+        pagemap: Pagemap::from_file(look.pagemap.into()),
+        source: mappings::Source::from_file(pid, look.maps.into()),
         registered: RangeSet::new(),
     };
     Ok((space, taken.stopped))

@@ -21,6 +21,11 @@ impl Identity {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
         Ok(parse(&stat))
     }
+
+    /// By the text of a process's `stat`.
+    pub(super) fn by_stat(stat: &str) -> Option<Identity> {
+        parse(stat)
+    }
 }
 
 /// Fields 22, 26 and 28; the second one is a name in parentheses that may have anything in it.

@@ -1,9 +1,9 @@
 //! Taking done by a process of its own, which goes on to the end when its client is killed.
 //!
-//! The client asks over a socket; the helper ([`serve`]) stops the thread, sends the descriptor, waits
-//! until the client has done what has to be done beside, or is gone, or has had [`HOLD`], and lets the
-//! process go on as it was. Only the death of the helper itself on the way does harm; so it does
-//! nothing else, hears no signals but SIGKILL, and is a process that nobody has a reason to kill.
+//! The client asks over a socket; the helper ([`serve`]) stops the thread, takes the userfaultfd, looks
+//! at the process ([`super::Look`]), lets that go on as it was, and only then answers: it waits for
+//! nobody while the thread stands. Only the death of the helper itself on the way does harm; so it does
+//! nothing else, hears no signal but SIGKILL, and is a process that nobody has a reason to kill.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::leftover::Leftover;
-use super::{Beside, RemoteError, Taken};
+use super::{Look, RemoteError, Taken};
 use crate::seclusion::seclude;
 
 mod serve;
@@ -25,8 +25,6 @@ mod wire;
 pub use serve::serve;
 use wire::{Answer, Request, Work};
 
-/// How long a thread is held for its client at most.
-pub const HOLD: Duration = Duration::from_millis(500);
 /// How long an answer may take beyond the time that the work may: the thread is put back in any case.
 const MARGIN: Duration = Duration::from_secs(15);
 /// How long a helper may take to end when it is not needed any more.
@@ -51,7 +49,6 @@ pub enum ApartError {
 pub struct Apart {
     socket: Option<OwnedFd>,
     process: Child,
-    last: u32,
 }
 
 impl Apart {
@@ -74,7 +71,6 @@ impl Apart {
         Ok(Apart {
             socket: Some(ours),
             process,
-            last: 0,
         })
     }
 
@@ -83,41 +79,16 @@ impl Apart {
         self.process.id()
     }
 
-    /// As [`super::take_userfaultfd`], by the helper. `beside` runs in this process.
+    /// As [`super::TakeUserfaultfd::take`], by the helper.
     ///
     /// # Errors
     /// [`ApartError::Lost`], after which the helper is of no further use; [`ApartError::Remote`].
-    pub fn take(
-        &mut self,
-        pid: i32,
-        timeout: Duration,
-        beside: &mut Beside<'_>,
-    ) -> Result<Taken<()>, ApartError> {
-        let deadline = Instant::now() + timeout + MARGIN;
-        self.ask(pid, timeout, Work::Take)?;
-        let userfaultfd = match self.answer(deadline)? {
-            (Answer::Held, Some(userfaultfd)) => userfaultfd,
-            (Answer::Failed(error), _) => return Err(error.into()),
-            _ => return Err(self.lost(io::ErrorKind::InvalidData.into())),
-        };
-        let seen = beside();
-        self.say(&Request::GoOn { id: self.last })?;
-        let (stopped, in_time) = match self.answer(deadline)? {
-            (Answer::Done { stopped, in_time }, _) => (stopped, in_time),
-            (Answer::Failed(error), _) => return Err(error.into()),
-            _ => return Err(self.lost(io::ErrorKind::InvalidData.into())),
-        };
-        seen.map_err(RemoteError::io("look at the process"))?;
-        if !in_time {
-            // It ran on before we had looked: it may have become another.
-            let late = io::ErrorKind::TimedOut.into();
-            return Err(RemoteError::io("look at the process")(late).into());
+    pub fn take(&mut self, pid: i32, timeout: Duration) -> Result<Taken<Look>, ApartError> {
+        match self.ask(pid, timeout, Work::Take)? {
+            Answer::Taken(taken) => Ok(taken),
+            Answer::Failed(error) => Err(error.into()),
+            Answer::Closed => Err(self.lost(io::ErrorKind::InvalidData.into())),
         }
-        Ok(Taken {
-            userfaultfd,
-            beside: (),
-            stopped,
-        })
     }
 
     /// As [`super::leftover::close`], by the helper.
@@ -125,46 +96,24 @@ impl Apart {
     /// # Errors
     /// As [`Self::take`].
     pub fn close(&mut self, pid: i32, timeout: Duration, what: Leftover) -> Result<(), ApartError> {
-        let deadline = Instant::now() + timeout + MARGIN;
-        self.ask(pid, timeout, Work::Close(what))?;
-        match self.answer(deadline)? {
-            (Answer::Done { .. }, _) => Ok(()),
-            (Answer::Failed(error), _) => Err(error.into()),
-            (Answer::Held, _) => Err(self.lost(io::ErrorKind::InvalidData.into())),
+        match self.ask(pid, timeout, Work::Close(what))? {
+            Answer::Closed => Ok(()),
+            Answer::Failed(error) => Err(error.into()),
+            Answer::Taken(_) => Err(self.lost(io::ErrorKind::InvalidData.into())),
         }
     }
 
-    fn ask(&mut self, pid: i32, timeout: Duration, work: Work) -> Result<(), ApartError> {
-        self.last = self.last.wrapping_add(1);
-        let request = Request::Do {
-            id: self.last,
-            pid,
-            timeout,
-            work,
-        };
-        self.say(&request)
-    }
-
-    fn say(&mut self, request: &Request) -> Result<(), ApartError> {
+    fn ask(&mut self, pid: i32, timeout: Duration, work: Work) -> Result<Answer, ApartError> {
         let Some(socket) = &self.socket else {
             return Err(ApartError::Lost(io::ErrorKind::BrokenPipe.into()));
         };
-        let sent = wire::send(socket.as_fd(), &request.encode(), None);
-        sent.map_err(|error| self.lost(error))
-    }
-
-    fn answer(&mut self, deadline: Instant) -> Result<(Answer, Option<OwnedFd>), ApartError> {
-        let Some(socket) = &self.socket else {
-            return Err(ApartError::Lost(io::ErrorKind::BrokenPipe.into()));
-        };
-        let received = wire::receive(socket.as_fd(), deadline);
-        let answer = received.and_then(|(bytes, fd)| {
-            let (id, answer) = Answer::decode(&bytes).ok_or(io::ErrorKind::InvalidData)?;
-            match id == self.last {
-                true => Ok((answer, fd)),
-                false => Err(io::ErrorKind::InvalidData.into()),
-            }
-        });
+        let request = Request { pid, timeout, work };
+        let deadline = Instant::now() + timeout + MARGIN;
+        let answer = wire::send(socket.as_fd(), &request.encode(), &[])
+            .and_then(|()| wire::receive(socket.as_fd(), Some(deadline)))
+            .and_then(|(bytes, fds)| {
+                Ok(Answer::decode(&bytes, fds).ok_or(io::ErrorKind::InvalidData)?)
+            });
         answer.map_err(|error| self.lost(error))
     }
 

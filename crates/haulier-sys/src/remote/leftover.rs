@@ -12,7 +12,7 @@ use super::{RemoteError, as_tracer, with_thread};
 ///
 /// One that a program has just made itself looks the same for as long as it has done no more with it:
 /// only one that is still there after a while has been left.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Leftover {
     /// Its number in the process.
     pub fd: i32,

@@ -19,6 +19,7 @@ use tracing::warn;
 
 use crate::claim::{self, Claim};
 use crate::failure::Failure;
+use crate::tracer;
 
 /// The architecture that haulier is made for: pages of 4 KiB are assumed throughout.
 const ARCHITECTURE: &str = "x86_64";
@@ -95,6 +96,7 @@ impl Plan {
         })?;
         let cgroups = CgroupFs::find().map_err(|e| failed(&e))?;
         refuse_claimed(&tree, &cgroups, &name)?;
+        tracer::close_leftovers(&tree);
         let obstacles: Vec<(String, String)> = tree
             .obstacles()
             .into_iter()

@@ -1,6 +1,7 @@
 //! Pre-copy: memory is sent in rounds while the target runs, each of what was written since the one
 //! before.
 
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -15,10 +16,11 @@ use haulier_memory::tracker::{Hold, Scan, TaskId, TaskScan, Tracker, TrackerKind
 use haulier_sys::wait::Wait;
 use haulier_targets::cgroup::Cgroup;
 use haulier_targets::process::ProcessTree;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::pages::{AnyError, Streams, task_pages};
 use crate::report::RoundReport;
+use crate::tracer::Tracer;
 
 /// How long freezing and thawing for a look may take, for trackers that need it.
 const HOLD_TIME: Duration = Duration::from_secs(5);
@@ -42,6 +44,8 @@ pub(super) struct Rounds {
     ahead: AheadStats,
     /// When shared memory was read last, and how long that took.
     read_ahead: Option<(Instant, Duration)>,
+    /// Tasks of which it was told that they cannot be tracked.
+    told: BTreeSet<u32>,
 }
 
 impl Rounds {
@@ -50,7 +54,7 @@ impl Rounds {
     pub(super) fn new(root: i32, kind: Option<TrackerKind>, fixed: Duration) -> Rounds {
         Rounds {
             root,
-            tracker: kind.map(Tracker::new),
+            tracker: kind.map(|kind| Tracker::taking_by(kind, Box::new(Tracer::default()))),
             ledger: Ledger::new(),
             due: None,
             dropped: Vec::new(),
@@ -63,6 +67,7 @@ impl Rounds {
             throttle: 0,
             ahead: AheadStats::default(),
             read_ahead: None,
+            told: BTreeSet::new(),
         }
     }
 
@@ -171,6 +176,14 @@ impl Rounds {
         let tasks = tasks(self.root)?;
         self.looked = Instant::now();
         let scan = tracker.scan(&tasks, &mut Groups(groups))?;
+        for task in &scan.tasks {
+            if let Some(reason) = &task.untracked {
+                if self.told.insert(task.task) {
+                    let pid = task.pid;
+                    warn!(pid, "its memory is sent again in every round: {reason}");
+                }
+            }
+        }
         // Now, and not when its round begins, which may be in the freeze.
         let gone = self.ledger.apply(&scan);
         Ok((scan, gone))

@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsFd;
 use std::process::{Child, ChildStdout};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, mpsc};
 
 use super::super::{Directly, TakeUserfaultfd, leftover};
 use super::*;
@@ -33,7 +34,7 @@ fn plays(role: &str) -> bool {
 #[test]
 fn as_helper() {
     if plays("as_helper") {
-        std::process::exit(i32::from(serve().is_err()));
+        std::process::exit(i32::from(serve(|| {}).is_err()));
     }
 }
 
@@ -45,10 +46,10 @@ fn as_client() {
     }
     let target = std::env::var(TARGET).unwrap().parse().unwrap();
     let mut helper = Apart::start(role("as_helper")).unwrap();
-    helper.take(target, SHORT, &mut || Ok(())).unwrap();
+    helper.take(target, SHORT).unwrap();
     println!("taken {}", helper.pid());
     loop {
-        helper.take(target, SHORT, &mut || Ok(())).unwrap();
+        helper.take(target, SHORT).unwrap();
     }
 }
 
@@ -186,13 +187,15 @@ fn a_helper_takes_and_its_target_does_not_notice() {
     let mut helper = Apart::start(role("as_helper")).unwrap();
     let mut stops = Vec::new();
     for _ in 0..200 {
-        let mut seen = 0;
-        let taken = helper.take(target.pid(), SHORT, &mut || {
-            seen += userfaultfds(target.pid());
-            Ok(())
-        });
-        stops.push(taken.unwrap().stopped);
-        assert_eq!(seen, 1, "the thread was held");
+        let taken = helper.take(target.pid(), SHORT).unwrap();
+        let begin = format!("{} (", target.pid());
+        assert!(taken.beside.stat.starts_with(&begin), "{taken:?}");
+        let mut maps = String::new();
+        fs::File::from(taken.beside.maps)
+            .read_to_string(&mut maps)
+            .unwrap();
+        assert!(maps.contains("[stack]"), "{maps}");
+        stops.push(taken.stopped);
     }
     target.assert_free();
     stops.sort();
@@ -207,37 +210,17 @@ fn errors_are_told_and_the_helper_lives_on() {
     let mut helper = Apart::start(role("as_helper")).unwrap();
     let mut ended = Command::new("true").spawn().unwrap();
     ended.wait().unwrap();
-    let gone = helper.take(ended.id() as i32, SHORT, &mut || Ok(()));
+    let gone = helper.take(ended.id() as i32, SHORT);
     assert!(matches!(
         gone,
         Err(ApartError::Remote(
             RemoteError::Io { .. } | RemoteError::Gone
         ))
     ));
-    let failed = helper.take(target.pid(), SHORT, &mut || {
-        Err(io::Error::from_raw_os_error(libc::EMFILE))
-    });
-    let Err(ApartError::Remote(RemoteError::Io { source, .. })) = failed else {
-        panic!("{failed:?}");
-    };
-    assert_eq!(source.raw_os_error(), Some(libc::EMFILE));
-    // A client that is too slow has not seen what it had to see, and its target has gone on.
-    let slow = helper.take(target.pid(), SHORT, &mut || {
-        let deadline = Instant::now() + LONG;
-        while userfaultfds(target.pid()) > 0 {
-            assert!(Instant::now() < deadline, "it is held for ever");
-            thread::sleep(Duration::from_millis(5));
-        }
-        Ok(())
-    });
-    let Err(ApartError::Remote(RemoteError::Io { source, .. })) = slow else {
-        panic!("{slow:?}");
-    };
-    assert_eq!(source.kind(), io::ErrorKind::TimedOut);
-    helper.take(target.pid(), SHORT, &mut || Ok(())).unwrap();
+    helper.take(target.pid(), SHORT).unwrap();
     // Killed itself, it is lost, and says so.
     helper.process.kill().unwrap();
-    let lost = helper.take(target.pid(), SHORT, &mut || Ok(()));
+    let lost = helper.take(target.pid(), SHORT);
     assert!(matches!(lost, Err(ApartError::Lost(_))), "{lost:?}");
     let none = Apart::start(Command::new("/nowhere/haulier"));
     assert!(matches!(none, Err(ApartError::Start(_))));
@@ -256,18 +239,25 @@ fn a_client_that_hangs_up_while_the_target_is_held_leaves_it_as_it_was() {
             None,
         );
         let (ours, theirs) = pair.unwrap();
-        let helper = thread::spawn(move || serve::serve_at(theirs.as_fd()));
-        let request = Request::Do {
-            id: 1,
+        let (say_held, held) = mpsc::channel();
+        let (go, may_go) = mpsc::channel::<()>();
+        let (say_held, may_go) = (Mutex::new(say_held), Mutex::new(may_go));
+        let helper = thread::spawn(move || {
+            serve::serve_at(theirs.as_fd(), || {
+                say_held.lock().unwrap().send(()).unwrap();
+                let _ = may_go.lock().unwrap().recv_timeout(LONG);
+            })
+        });
+        let request = Request {
             pid: target.pid(),
             timeout: SHORT,
             work: Work::Take,
         };
-        wire::send(ours.as_fd(), &request.encode(), None).unwrap();
-        let (bytes, fd) = wire::receive(ours.as_fd(), Instant::now() + LONG).unwrap();
-        assert!(matches!(Answer::decode(&bytes), Some((1, Answer::Held))));
+        wire::send(ours.as_fd(), &request.encode(), &[]).unwrap();
+        held.recv_timeout(LONG).unwrap();
         assert_eq!(userfaultfds(target.pid()), 1);
-        drop((ours, fd));
+        drop(ours);
+        drop(go);
         helper.join().unwrap().unwrap();
         target.assert_free();
     }

@@ -2,8 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::thread;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -13,27 +12,20 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags,
 };
 
-use super::super::RemoteError;
 use super::super::leftover::Leftover;
+use super::super::{Look, RemoteError, Taken};
 
-/// Longest datagram: an error with its words.
-const LONGEST: usize = 512;
-/// How long an answer is looked for without sleeping: the target stands, and waking up takes longer
-/// than what is awaited.
-const BRISK: Duration = Duration::from_micros(500);
+/// Longest datagram: a process's `stat`, or an error with its words.
+const LONGEST: usize = 4096;
+/// Descriptors that come with one: the userfaultfd, the pagemap, the mappings.
+const FDS: usize = 3;
 
-/// What the client says.
+/// What the client says: what is to be done in process `pid`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Request {
-    /// Do something in process `pid`.
-    Do {
-        id: u32,
-        pid: i32,
-        timeout: Duration,
-        work: Work,
-    },
-    /// The thread held for this request may go on.
-    GoOn { id: u32 },
+pub(super) struct Request {
+    pub(super) pid: i32,
+    pub(super) timeout: Duration,
+    pub(super) work: Work,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,54 +34,31 @@ pub(super) enum Work {
     Close(Leftover),
 }
 
-/// What the helper says.
+/// What the helper says. The process goes on already.
 #[derive(Debug)]
 pub(super) enum Answer {
-    /// Comes with the descriptor; the thread stands.
-    Held,
-    /// The process goes on.
-    Done {
-        stopped: Duration,
-        /// The client was heard while the thread stood.
-        in_time: bool,
-    },
-    /// The process goes on, and this went wrong.
+    Taken(Taken<Look>),
+    Closed,
     Failed(RemoteError),
 }
 
 const TAKE: u8 = 1;
 const CLOSE: u8 = 2;
-const GO_ON: u8 = 3;
-const HELD: u8 = 4;
-const DONE: u8 = 5;
-const FAILED: u8 = 6;
+const TAKEN: u8 = 3;
+const CLOSED: u8 = 4;
+const FAILED: u8 = 5;
 
 impl Request {
     pub(super) fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        match *self {
-            Request::GoOn { id } => {
-                bytes.push(GO_ON);
-                bytes.extend(id.to_le_bytes());
-            }
-            Request::Do {
-                id,
-                pid,
-                timeout,
-                work,
-            } => {
-                bytes.push(match work {
-                    Work::Take => TAKE,
-                    Work::Close(_) => CLOSE,
-                });
-                bytes.extend(id.to_le_bytes());
-                bytes.extend(pid.to_le_bytes());
-                bytes.extend(nanos(timeout).to_le_bytes());
-                if let Work::Close(what) = work {
-                    bytes.extend(what.fd.to_le_bytes());
-                    bytes.extend(what.inode.to_le_bytes());
-                }
-            }
+        let mut bytes = vec![match self.work {
+            Work::Take => TAKE,
+            Work::Close(_) => CLOSE,
+        }];
+        bytes.extend(self.pid.to_le_bytes());
+        bytes.extend(nanos(self.timeout).to_le_bytes());
+        if let Work::Close(what) = self.work {
+            bytes.extend(what.fd.to_le_bytes());
+            bytes.extend(what.inode.to_le_bytes());
         }
         bytes
     }
@@ -97,10 +66,6 @@ impl Request {
     pub(super) fn decode(bytes: &[u8]) -> Option<Request> {
         let mut rest = Rest(bytes);
         let [kind] = rest.take()?;
-        let id = u32::from_le_bytes(rest.take()?);
-        if kind == GO_ON {
-            return Some(Request::GoOn { id });
-        }
         let pid = i32::from_le_bytes(rest.take()?);
         let timeout = Duration::from_nanos(u64::from_le_bytes(rest.take()?));
         let work = match kind {
@@ -111,54 +76,54 @@ impl Request {
             }),
             _ => return None,
         };
-        Some(Request::Do {
-            id,
-            pid,
-            timeout,
-            work,
-        })
+        Some(Request { pid, timeout, work })
     }
 }
 
 impl Answer {
-    pub(super) fn encode(&self, id: u32) -> Vec<u8> {
-        let kind = match self {
-            Answer::Held => HELD,
-            Answer::Done { .. } => DONE,
-            Answer::Failed(_) => FAILED,
-        };
-        let mut bytes = vec![kind];
-        bytes.extend(id.to_le_bytes());
+    /// The bytes, and what goes with them.
+    pub(super) fn encode(&self) -> (Vec<u8>, Vec<BorrowedFd<'_>>) {
         match self {
-            Answer::Held => {}
-            Answer::Done { stopped, in_time } => {
-                bytes.extend(nanos(*stopped).to_le_bytes());
-                bytes.push((*in_time).into());
+            Answer::Taken(taken) => {
+                let mut bytes = vec![TAKEN];
+                bytes.extend(nanos(taken.stopped).to_le_bytes());
+                bytes.extend(taken.beside.stat.bytes());
+                bytes.truncate(LONGEST);
+                let Look { pagemap, maps, .. } = &taken.beside;
+                let fds = [&taken.userfaultfd, pagemap, maps].map(|fd| fd.as_fd());
+                (bytes, fds.to_vec())
             }
-            Answer::Failed(error) => encode_error(error, &mut bytes),
+            Answer::Closed => (vec![CLOSED], Vec::new()),
+            Answer::Failed(error) => {
+                let mut bytes = vec![FAILED];
+                encode_error(error, &mut bytes);
+                (bytes, Vec::new())
+            }
         }
-        bytes
     }
 
-    /// An answer, and the request it is to.
-    pub(super) fn decode(bytes: &[u8]) -> Option<(u32, Answer)> {
+    pub(super) fn decode(bytes: &[u8], fds: Vec<OwnedFd>) -> Option<Answer> {
         let mut rest = Rest(bytes);
         let [kind] = rest.take()?;
-        let id = u32::from_le_bytes(rest.take()?);
-        let answer = match kind {
-            HELD => Answer::Held,
-            DONE => {
+        Some(match kind {
+            TAKEN => {
                 let stopped = Duration::from_nanos(u64::from_le_bytes(rest.take()?));
-                let [in_time] = rest.take()?;
-                Answer::Done {
+                let [userfaultfd, pagemap, maps] = fds.try_into().ok()?;
+                let stat = String::from_utf8_lossy(rest.0).into_owned();
+                Answer::Taken(Taken {
+                    userfaultfd,
+                    beside: Look {
+                        stat,
+                        pagemap,
+                        maps,
+                    },
                     stopped,
-                    in_time: in_time != 0,
-                }
+                })
             }
+            CLOSED => Answer::Closed,
             FAILED => Answer::Failed(decode_error(rest)?),
             _ => return None,
-        };
-        Some((id, answer))
+        })
     }
 }
 
@@ -230,18 +195,12 @@ impl Rest<'_> {
     }
 }
 
-/// Sends a datagram, with a descriptor if there is one. Never waits: no more than one or two are ever
-/// under way.
-pub(super) fn send(
-    socket: BorrowedFd<'_>,
-    bytes: &[u8],
-    fd: Option<BorrowedFd<'_>>,
-) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+/// Sends a datagram with descriptors. Never waits: no more than one is ever under way.
+pub(super) fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    let fds = fd.map(|fd| [fd]);
-    if let Some(fds) = &fds {
-        // There is room for exactly this.
+    if !fds.is_empty() {
+        // There is room for exactly these.
         control.push(SendAncillaryMessage::ScmRights(fds));
     }
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
@@ -249,74 +208,52 @@ pub(super) fn send(
     Ok(())
 }
 
-/// The next datagram, which is due.
+/// The next datagram, with what came with it; without a deadline it may never come.
 ///
 /// # Errors
 /// `TimedOut`, `UnexpectedEof` if the peer is gone, or what the socket says.
 pub(super) fn receive(
     socket: BorrowedFd<'_>,
-    deadline: Instant,
-) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
-    let brisk = deadline.min(Instant::now() + BRISK);
+    deadline: Option<Instant>,
+) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
     loop {
         match receive_now(socket) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             other => return other,
         }
-        let now = Instant::now();
-        if now >= deadline {
+        let remaining = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if remaining.is_some_and(|remaining| remaining.is_zero()) {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        if now < brisk {
-            thread::yield_now();
-        } else {
-            wait(socket, Some(deadline - now))?;
+        let timeout = remaining.map(|time| Timespec {
+            tv_sec: time.as_secs().min(i64::MAX as u64) as i64,
+            tv_nsec: time.subsec_nanos().into(),
+        });
+        let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::IN)];
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
         }
     }
 }
 
-/// The next datagram, for which there is no hurry.
-///
-/// # Errors
-/// As [`receive`], but never `TimedOut`.
-pub(super) fn receive_some_time(socket: BorrowedFd<'_>) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
-    loop {
-        wait(socket, None)?;
-        match receive_now(socket) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            other => return other,
-        }
-    }
-}
-
-fn wait(socket: BorrowedFd<'_>, at_most: Option<Duration>) -> io::Result<()> {
-    let timeout = at_most.map(|time| Timespec {
-        tv_sec: time.as_secs().min(i64::MAX as u64) as i64,
-        tv_nsec: time.subsec_nanos().into(),
-    });
-    let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::IN)];
-    match poll(&mut fds, timeout.as_ref()) {
-        Ok(_) | Err(Errno::INTR) => Ok(()),
-        Err(errno) => Err(errno.into()),
-    }
-}
-
-fn receive_now(socket: BorrowedFd<'_>) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
+fn receive_now(socket: BorrowedFd<'_>) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
     let mut bytes = vec![0; LONGEST];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
     let slices = &mut [IoSliceMut::new(&mut bytes)];
     let received = rustix::net::recvmsg(socket, slices, &mut control, flags)?;
-    let fd = control.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
+    let rights = |message| match message {
+        RecvAncillaryMessage::ScmRights(rights) => Some(rights),
         _ => None,
-    });
+    };
+    let fds = control.drain().filter_map(rights).flatten().collect();
     if received.bytes == 0 {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
     bytes.truncate(received.bytes);
-    Ok((bytes, fd))
+    Ok((bytes, fds))
 }
 
 #[cfg(test)]
@@ -330,16 +267,13 @@ mod tests {
             inode: u64::MAX - 3,
         };
         for work in [Work::Take, Work::Close(what)] {
-            let request = Request::Do {
-                id: 7,
+            let request = Request {
                 pid: 4711,
                 timeout: Duration::from_micros(1_500_001),
                 work,
             };
             assert_eq!(Request::decode(&request.encode()), Some(request));
         }
-        let request = Request::GoOn { id: u32::MAX };
-        assert_eq!(Request::decode(&request.encode()), Some(request));
         assert_eq!(Request::decode(&[]), None);
         assert_eq!(Request::decode(&[TAKE, 1, 0, 0, 0, 1]), None);
         assert_eq!(Request::decode(&[99; 40]), None);
@@ -366,12 +300,17 @@ mod tests {
                 format!("{error}: {source:?}")
             };
             let before = text(&error);
-            let (id, answer) = Answer::decode(&Answer::Failed(error).encode(3)).unwrap();
-            let Answer::Failed(error) = answer else {
+            let answer = Answer::Failed(error);
+            let (bytes, fds) = answer.encode();
+            assert!(fds.is_empty());
+            let answer = Answer::decode(&bytes, Vec::new());
+            let Some(Answer::Failed(error)) = answer else {
                 panic!("{before} became {answer:?}");
             };
-            assert_eq!((id, text(&error)), (3, before));
+            assert_eq!(text(&error), before);
         }
-        assert!(Answer::decode(&[FAILED, 0, 0, 0, 0, 77, 0, 0, 0, 0]).is_none());
+        assert!(Answer::decode(&[FAILED, 77, 0, 0, 0, 0], Vec::new()).is_none());
+        // Without its descriptors.
+        assert!(Answer::decode(&[TAKEN; 40], Vec::new()).is_none());
     }
 }
