@@ -23,7 +23,7 @@ const DATA_SEED: u64 = 3;
 const LATEST_FAULT: u64 = 1500;
 
 #[test]
-#[ignore = "takes hours: scripts/soak"]
+#[ignore = "takes minutes: scripts/soak"]
 fn back_and_forth() {
     let moves = number("HAULIER_SOAK_MOVES").unwrap_or(200);
     let seed = number("HAULIER_SOAK_SEED").unwrap_or(0x5eed);

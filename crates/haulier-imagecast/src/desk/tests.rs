@@ -6,6 +6,9 @@ use haulier_criu::skeleton::LazyRange;
 use proptest::prelude::*;
 
 use super::*;
+use crate::left::Errand;
+use crate::message::Go;
+use crate::pages::LazyPages;
 
 /// As little as there may be of either half.
 const MEMORY: usize = 2 * LEAST;
