@@ -63,7 +63,10 @@ fn as_target() {
     static OVER: AtomicBool = AtomicBool::new(false);
     static ROUNDS: AtomicU64 = AtomicU64::new(0);
     let right = compute(1);
-    let work = move |naps: bool| {
+    let (begun, has_begun) = mpsc::channel();
+    let work = move |naps: bool, begun: mpsc::Sender<()>| {
+        // Until it runs, a thread has all its signals blocked.
+        begun.send(()).unwrap();
         while !OVER.load(Ordering::Relaxed) {
             let before = Instant::now();
             if compute(1) != right {
@@ -77,10 +80,11 @@ fn as_target() {
             ROUNDS.fetch_add(1, Ordering::Relaxed);
         }
     };
-    let threads = [
-        thread::spawn(move || work(false)),
-        thread::spawn(move || work(true)),
-    ];
+    let threads = [false, true].map(|naps| {
+        let begun = begun.clone();
+        thread::spawn(move || work(naps, begun))
+    });
+    threads.iter().for_each(|_| has_begun.recv().unwrap());
     println!("target ready");
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
     OVER.store(true, Ordering::Relaxed);
