@@ -109,14 +109,16 @@ impl Watcher {
 
     fn serve(&mut self) -> io::Result<()> {
         let held = self.listener.receive()?;
-        match self.answer_to(&held) {
+        let answered = match self.answer_to(&held) {
             Ok(Some((request, found))) => self.listener.answer(&held, &request, &found),
             Ok(None) => self.listener.let_through(&held),
-            Err(error) => {
-                debug!(%error, "CRIU may look for itself");
-                self.listener.let_through(&held)
-            }
-        }
+            Err(error) => Err(error),
+        };
+        // Nobody may be left waiting for an answer.
+        answered.or_else(|error| {
+            debug!(%error, "CRIU may look for itself");
+            self.listener.let_through(&held)
+        })
     }
 
     /// The answer to a request, if it is for memory of which anything is hidden.
