@@ -90,7 +90,9 @@ pub(crate) fn capture(
         dump.accept()?;
         dump.read()?;
         // A dump that leaves pages behind stays connected until they are fetched.
-        let complete = asked || !dump.connected || desk.is_serving(ticket.dump);
+        // Its inventory is the last image.
+        let served = dump.inventory && desk.is_serving(ticket.dump);
+        let complete = asked || !dump.connected || served;
         if !dump.taken && dump.images.is_empty() && complete {
             if !dump.inventory {
                 let what = "CRIU ended the dump before it was complete; its log says why";
@@ -276,7 +278,10 @@ impl Capture<'_> {
 impl Capture<'_> {
     /// Pages of a task are not in the images.
     fn left_behind(&self, task: u32, left: &LeftBehind) -> Result<(), CaptureError> {
-        if left.ranges.is_empty() {
+        // A task with a thread whose stack pointer is at the beginning of a page leaves nothing (CRIU 4.2.1
+        // takes all of it for stack), but CRIU becomes a page server all the same.
+        let lazy = self.connection.is_told_lazy() || self.fetcher.is_some_and(Fetcher::is_given);
+        if left.ranges.is_empty() && !lazy {
             return Ok(());
         }
         let Some(fetcher) = self.fetcher else {

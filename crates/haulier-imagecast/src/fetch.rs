@@ -99,6 +99,17 @@ impl Fetcher {
         }
     }
 
+    /// Whether a dump was given a connection that nobody has taken.
+    pub(crate) fn is_given(&self) -> bool {
+        match &self.servers {
+            Servers::At(_) => false,
+            Servers::Given(newest) => newest
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .is_some(),
+        }
+    }
+
     /// Makes sure that a dump which leaves memory behind does not end by the death of this process,
     /// and finds its page server. `criu`: its pid, if known.
     ///
@@ -207,7 +218,7 @@ impl Fetcher {
         let mut buffer = vec![0; crate::left::CHUNK as usize * PAGE];
         let mut first = desk.first_left(dump);
         if let Some((task, range)) = &first {
-            // That it answers proves that CRIU is beyond its scripts.
+            // That it answers proves that CRIU is beyond its scripts. Without a page, that it listens does.
             let wait = self.stop.wait(PATIENCE);
             server.get(*task, range.start, &mut buffer[..PAGE], &wait)?;
         }

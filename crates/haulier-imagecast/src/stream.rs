@@ -212,21 +212,25 @@ impl Connection {
         Some(path.into())
     }
 
-    /// Whether CRIU was told to leave memory to a lazy-pages daemon, as far as its command line shows, and
-    /// there is none where it looks.
-    pub(crate) fn lacks_daemon(&self) -> bool {
+    /// Whether CRIU was told to leave memory where it is, as far as its command line shows: that of one
+    /// that is driven by RPC, or in another PID namespace, shows nothing.
+    pub(crate) fn is_told_lazy(&self) -> bool {
         let command = self.peer().and_then(|pid| {
-            // A process that has gone will not miss it.
+            // One that has gone needs nothing any more.
             std::fs::read(format!("/proc/{pid}/cmdline")).ok()
         });
-        let command = command.unwrap_or_default();
-        let told = command
+        command
+            .unwrap_or_default()
             .split(|byte| *byte == 0)
-            .any(|word| word == b"--lazy-pages");
+            .any(|word| word == b"--lazy-pages")
+    }
+
+    /// Whether there is no lazy-pages daemon where CRIU, told of one, looks for it.
+    pub(crate) fn lacks_daemon(&self) -> bool {
         let socket = self
             .work_directory()
             .map(|directory| directory.join(SOCKET_NAME));
-        told && socket.is_some_and(|socket| !socket.exists())
+        self.is_told_lazy() && socket.is_some_and(|socket| !socket.exists())
     }
 
     /// Whether the peer has gone.

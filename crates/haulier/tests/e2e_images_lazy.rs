@@ -8,7 +8,7 @@ use std::fs;
 
 use cast::{Cast, Counter};
 use haulier_lab::{Captured, HostCommand, Output, Signal};
-use stage::play::tree_of;
+use stage::play::{compiled, says, tree_of};
 use stage::{LONG, eventually, lab_program, start};
 
 /// The options of a dump that becomes a page server.
@@ -175,6 +175,92 @@ fn the_memory_of_a_redis_follows_it() {
         .unwrap();
 }
 
+/// The options of a dump give it a connection, or an address to listen at.
+fn nothing_of_an_aligned_stack_is_left(dump: impl Fn(&Cast, i32) -> Captured, proxy: &[&str]) {
+    let cast = Cast::new();
+    let folder = cast.folder.path();
+    let Some(program) = compiled("aligned", folder, &[]) else {
+        return;
+    };
+    let (program, folder) = (program.to_str().unwrap(), folder.to_str().unwrap());
+    let pid = start(cast.stage.host(1), &[program, folder]).pid();
+    says(&cast.stage, pid, cast.folder.path(), "ready 1");
+    let cache = lazy_cache(&cast, &[]);
+    let restore = lazy_restore(&cast).spawn_captured().unwrap();
+    let proxy = cast.proxy(proxy);
+
+    let dump = dump(&cast, pid);
+    cast.restored(restore.finish(LONG).unwrap());
+    cast.dumped(dump.finish(LONG).unwrap());
+    let log = cast.stage.host(1).read_file("/srv/images/dump.log");
+    let log = String::from_utf8_lossy(&log.unwrap()).into_owned();
+    assert!(log.contains("Starting lazy pages server"), "a lazy dump");
+    cache
+        .wait_for_output("all memory of main is in its place: 0 pages", LONG)
+        .unwrap();
+    proxy
+        .wait_for_output("all memory of main has moved", LONG)
+        .unwrap();
+    assert!(!cast.stage.host(1).process_alive(pid));
+    fs::write(cast.folder.path().join("go-1"), "").unwrap();
+    says(&cast.stage, pid, cast.folder.path(), "good 1");
+    // As after every lazy dump.
+    let again = lazy_restore(&cast).output(LONG).unwrap();
+    assert!(!again.status.success());
+}
+
+#[test]
+fn a_dump_that_had_to_take_all_memory_is_restored_as_it_was_dumped() {
+    nothing_of_an_aligned_stack_is_left(
+        |cast, pid| cast.dump_with_vote(pid, &LEAVING).spawn_captured().unwrap(),
+        &["--lazy-pages", "--page-server", "127.0.0.1:9100"],
+    );
+}
+
+#[test]
+fn a_dump_without_a_vote_that_had_to_take_all_memory_is_restored_as_it_was_dumped() {
+    nothing_of_an_aligned_stack_is_left(
+        |cast, pid| cast.dump(pid, &LEAVING).spawn_captured().unwrap(),
+        &["--lazy-pages", "--page-server", "127.0.0.1:9100"],
+    );
+}
+
+#[test]
+fn a_dump_with_a_given_connection_that_had_to_take_all_memory_is_restored_as_it_was_dumped() {
+    let dump = |cast: &Cast, pid| dump_with_connection(cast, pid).spawn_captured().unwrap();
+    nothing_of_an_aligned_stack_is_left(dump, &["--lazy-pages"]);
+}
+
+/// A dump that connects, and becomes CRIU. There is no vote.
+fn dump_with_connection(cast: &Cast, pid: i32) -> HostCommand {
+    let connect = "import os, socket, sys\n\
+        s = socket.socket(socket.AF_UNIX)\n\
+        s.connect('/srv/images/page-server.sock')\n\
+        os.dup2(s.fileno(), 77)\n\
+        os.execv(sys.argv[1], sys.argv[1:])";
+    let criu =
+        std::env::var("HAULIER_CRIU").unwrap_or_else(|_| "/opt/haulier/criu/sbin/criu".into());
+    let pid = pid.to_string();
+    cast.stage.host(1).command("python3").args([
+        "-c",
+        connect,
+        &criu,
+        "dump",
+        "--stream",
+        "-D",
+        "/srv/images",
+        "-t",
+        &pid,
+        "-o",
+        "dump.log",
+        "-v4",
+        "--manage-cgroups=ignore",
+        "--lazy-pages",
+        "--ps-socket",
+        "77",
+    ])
+}
+
 #[test]
 fn a_tree_is_fetched_over_a_connection_that_its_dump_was_given() {
     let cast = Cast::new();
@@ -199,34 +285,7 @@ fn a_tree_is_fetched_over_a_connection_that_its_dump_was_given() {
     let cache = lazy_cache(&cast, &[]);
     let restore = lazy_restore(&cast).spawn_captured().unwrap();
     let _proxy = cast.proxy(&["--lazy-pages"]);
-    // Connects, and becomes CRIU. There is no vote.
-    let connect = "import os, socket, sys\n\
-        s = socket.socket(socket.AF_UNIX)\n\
-        s.connect('/srv/images/page-server.sock')\n\
-        os.dup2(s.fileno(), 77)\n\
-        os.execv(sys.argv[1], sys.argv[1:])";
-    let criu =
-        std::env::var("HAULIER_CRIU").unwrap_or_else(|_| "/opt/haulier/criu/sbin/criu".into());
-    let root = root.to_string();
-    let dump = cast.stage.host(1).command("python3").args([
-        "-c",
-        connect,
-        &criu,
-        "dump",
-        "--stream",
-        "-D",
-        "/srv/images",
-        "-t",
-        &root,
-        "-o",
-        "dump.log",
-        "-v4",
-        "--manage-cgroups=ignore",
-        "--lazy-pages",
-        "--ps-socket",
-        "77",
-    ]);
-    let dump = dump.spawn_captured().unwrap();
+    let dump = dump_with_connection(&cast, root).spawn_captured().unwrap();
     cast.restored(restore.finish(LONG).unwrap());
     counters.iter().for_each(Counter::goes_on);
     cast.dumped(dump.finish(LONG).unwrap());

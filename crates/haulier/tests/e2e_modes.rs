@@ -54,6 +54,7 @@ in_every_mode! {
     a_process_that_forks_all_the_time
     sixty_four_writing_threads
     ten_thousand_areas
+    a_stack_pointer_at_the_beginning_of_a_page
     memory_that_changes_without_a_write
     random_programs
     a_standing_program_page_by_page
@@ -72,6 +73,11 @@ fn sixty_four_writing_threads(mode: Mode) {
 
 fn ten_thousand_areas(mode: Mode) {
     one_program("areas", &[], mode, "60MiB");
+}
+
+/// CRIU dumps all memory of such a process, unless it is hidden: so little is not, on the way back.
+fn a_stack_pointer_at_the_beginning_of_a_page(mode: Mode) {
+    one_program("aligned", &[], mode, "8MiB");
 }
 
 fn memory_that_changes_without_a_write(mode: Mode) {
