@@ -55,14 +55,7 @@ fn main() {
             })
             .collect();
         let link = Link::new(1 + channels as usize);
-        let (outcome, ()) = serve(
-            &server,
-            &target.client,
-            &target.store,
-            link,
-            &options,
-            || (),
-        );
+        let (outcome, ()) = serve(&server, &target.client, link, &options, || ());
         let served = outcome.served.expect("served");
         over.store(true, Ordering::Relaxed);
         println!("{served:#?}");

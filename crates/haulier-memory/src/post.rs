@@ -15,6 +15,7 @@
 //! nothing to say for a second, so that a dead link is noticed.
 
 mod client;
+mod lending;
 mod order;
 mod push;
 mod receive;

@@ -38,22 +38,15 @@ fn a_fault_is_answered_before_the_push_gets_there_and_every_page_is_sent_once() 
     let link = Link::new(2);
     let scissors = link.scissors();
     let asked = [1990, 800, 1990, 804, 1001];
-    let (outcome, ()) = serve(
-        &server,
-        &target.client,
-        &target.store,
-        link,
-        &stuck(4),
-        || {
-            for page in asked {
-                // The next is asked for when this one is here, with its neighbours.
-                let value = target.reader(page).join().unwrap();
-                assert_eq!(value, source.value(page), "page {page}");
-            }
-            until("neighbours", || server.progress().sent >= 32 + 10 + 2 * 16);
-            cut(&scissors);
-        },
-    );
+    let (outcome, ()) = serve(&server, &target.client, link, &stuck(4), || {
+        for page in asked {
+            // The next is asked for when this one is here, with its neighbours.
+            let value = target.reader(page).join().unwrap();
+            assert_eq!(value, source.value(page), "page {page}");
+        }
+        until("neighbours", || server.progress().sent >= 32 + 10 + 2 * 16);
+        cut(&scissors);
+    });
     assert!(outcome.served.unwrap_err().is_broken_link());
     // The first chunk, the last ten pages, and twice a page with its neighbours.
     let sent = 32 + 10 + 2 * 16;
@@ -79,7 +72,6 @@ fn a_fault_is_answered_before_the_push_gets_there_and_every_page_is_sent_once() 
     let (outcome, ()) = serve(
         &server,
         &target.client,
-        &target.store,
         Link::new(3),
         &ServeOptions::new(5),
         || (),
@@ -187,7 +179,6 @@ fn faults_wait_while_there_is_no_link_and_are_asked_for_again() {
     let (outcome, ()) = serve(
         &server,
         &target.client,
-        &target.store,
         Link::new(1),
         &ServeOptions::new(3),
         || (),
@@ -209,7 +200,6 @@ fn a_push_that_is_faster_than_the_fill_waits_for_room() {
     let (outcome, ()) = serve(
         &server,
         &target.client,
-        &target.store,
         Link::new(2),
         &ServeOptions::new(0),
         || (),
@@ -243,21 +233,14 @@ fn links_that_break_at_any_point_lose_and_repeat_nothing() {
         let enough = server.progress().sent + random(PAGES / 12);
         // One channel alone breaks, or all.
         let scissors = &scissors[random(3) as usize..];
-        let (outcome, ()) = serve(
-            &server,
-            &target.client,
-            &target.store,
-            link,
-            &options,
-            || {
-                let done = || {
-                    let progress = server.progress();
-                    progress.sent >= enough || progress.remaining == 0
-                };
-                until("some progress", done);
-                cut(scissors);
-            },
-        );
+        let (outcome, ()) = serve(&server, &target.client, link, &options, || {
+            let done = || {
+                let progress = server.progress();
+                progress.sent >= enough || progress.remaining == 0
+            };
+            until("some progress", done);
+            cut(scissors);
+        });
         let missing = target.handle.missing();
         let pages: u64 = missing.iter().map(|(_, set)| set.pages()).sum();
         // What has arrived counts once, whatever became of the link.
@@ -276,7 +259,6 @@ fn links_that_break_at_any_point_lose_and_repeat_nothing() {
     let (outcome, ()) = serve(
         &server,
         &target.client,
-        &target.store,
         Link::new(2),
         &ServeOptions::new(99),
         || (),

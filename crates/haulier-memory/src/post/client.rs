@@ -12,6 +12,7 @@ use haulier_transport::error::TransportError;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::KEEPALIVE;
+use super::lending::{Helpers, Helping};
 use super::receive::Receiver;
 use super::request::{self, Entry, MAX_ENTRIES};
 use crate::lazy::FaultSink;
@@ -37,6 +38,8 @@ const DOING: &str = "waiting for pages that were asked for";
 pub struct FaultClient {
     store: Arc<PageStore>,
     state: Mutex<State>,
+    /// Threads that receive what the source pushes.
+    helpers: Helpers,
 }
 
 #[derive(Debug, Default)]
@@ -62,7 +65,13 @@ impl FaultClient {
         Arc::new(Self {
             store,
             state: Mutex::default(),
+            helpers: Helpers::default(),
         })
+    }
+
+    /// Where the pages come to.
+    pub fn store(&self) -> &Arc<PageStore> {
+        &self.store
     }
 
     /// Number of pages that were asked for and that tasks still wait for.
@@ -91,6 +100,12 @@ impl FaultClient {
         let _ = priority::usual();
         self.state().connection = None;
         result
+    }
+
+    /// The calling thread receives what is pushed, and runs ahead of others whenever a task waits for a
+    /// page: that page may have been pushed already, and lie behind what this thread has not taken yet.
+    pub(super) fn helps(&self) -> Helping<'_> {
+        self.helpers.join()
     }
 
     fn attach(&self, channel: &Channel, wait: &Wait) -> Result<(), StreamError> {
@@ -154,6 +169,8 @@ impl FaultSink for FaultClient {
             }
         }
         state.flush();
+        drop(state);
+        self.helpers.lend();
     }
 
     fn settled(&self, task: u32, page: u64) {

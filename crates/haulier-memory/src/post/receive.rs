@@ -10,6 +10,7 @@ use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
 use rustix::net::sockopt;
 
+use super::client::FaultClient;
 use crate::store::PageStore;
 use crate::stream::{FrameReceiver, ReceiveStats, StreamError};
 use crate::wait::Wait;
@@ -29,31 +30,37 @@ const FRESH: u64 = 64 << 10;
 const LOOK: Duration = Duration::from_millis(1);
 
 /// Receives the round that is pushed over one memory channel, to its end. Each channel has a thread
-/// of its own for it. When the store is full it waits until pages have been placed.
+/// of its own for it, which runs ahead of others while a task waits for a page. When the client's store is
+/// full it waits until pages have been placed.
 ///
 /// # Errors
 /// [`StreamError`]. Pages that came before it are in the store.
 pub fn receive_push(
     channel: &mut Channel,
-    store: &PageStore,
+    client: &FaultClient,
     round: u32,
     wait: &Wait,
 ) -> Result<ReceiveStats, StreamError> {
     // What comes faster than this thread takes it lies in front of a page that a task waits for.
     let _ = priority::brisk();
+    let helping = client.helps();
     keep_short(channel);
     let mut receiver = Receiver::new(round);
     let result = loop {
+        if client.outstanding() == 0 {
+            helping.hand_back();
+        }
         let header = match channel.receive_header(wait) {
             Ok(header) => header,
             Err(error) => break Err(error.into()),
         };
-        match receiver.receive(channel, &header, store, wait) {
+        match receiver.receive(channel, &header, client.store(), wait) {
             Ok(None) => {}
             Ok(Some(stats)) => break Ok(stats),
             Err(error) => break Err(error),
         }
     };
+    drop(helping);
     let _ = priority::usual();
     result
 }

@@ -224,7 +224,6 @@ impl Outcome {
 pub(crate) fn serve<T>(
     server: &PageServer,
     client: &Arc<FaultClient>,
-    store: &Arc<PageStore>,
     link: Link,
     options: &ServeOptions,
     meanwhile: impl FnOnce() -> T,
@@ -243,7 +242,7 @@ pub(crate) fn serve<T>(
                     let result = if index == 0 {
                         client.run(&mut channel, round, &wait)
                     } else {
-                        receive_push(&mut channel, store, round, &wait)
+                        receive_push(&mut channel, client, round, &wait)
                     };
                     // As an agent does when its channel fails.
                     if result.is_err() {

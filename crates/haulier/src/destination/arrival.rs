@@ -281,9 +281,9 @@ impl Session<'_> {
                 Err(error) => warn!(%error, "the source's new connection"),
             },
             Role::Memory => {
-                let (round, store) = (PUSH_ROUND + restarts, Arc::clone(&self.store));
+                let (round, faults) = (PUSH_ROUND + restarts, Arc::clone(&self.faults));
                 if let Some(link) = &mut self.link {
-                    link.receivers.add_push(stream.channel, round, &store);
+                    link.receivers.add_push(stream.channel, round, &faults);
                 }
             }
             Role::Faults => {

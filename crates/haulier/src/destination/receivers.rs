@@ -6,7 +6,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use haulier_memory::post::{self, FaultClient};
-use haulier_memory::store::{PageStore, StoreError};
+use haulier_memory::store::StoreError;
 use haulier_memory::stream::{self, ReceiveStats};
 use haulier_proto::message::PUSH_ROUND;
 use haulier_sys::wait::{Cancel, Wait};
@@ -106,16 +106,16 @@ impl Receivers {
     }
 
     /// Receives the rounds over a connection, and then what was left behind.
-    pub(crate) fn add(&mut self, mut channel: Channel, store: &Arc<PageStore>) {
+    pub(crate) fn add(&mut self, mut channel: Channel, client: &Arc<FaultClient>) {
         let index = self.progress.open();
-        let (store, progress) = (Arc::clone(store), Arc::clone(&self.progress));
+        let (client, progress) = (Arc::clone(client), Arc::clone(&self.progress));
         let (stop, wait) = (self.stop.clone(), self.stop.wait_idle(self.idle));
         self.threads.push(thread::spawn(move || {
             let each = |stats: &ReceiveStats| progress.round(index, stats);
-            match stream::receive_rounds(&mut channel, &store, 0, each, &wait) {
+            match stream::receive_rounds(&mut channel, client.store(), 0, each, &wait) {
                 Ok(_) => {
                     progress.over(index);
-                    push(&mut channel, &store, PUSH_ROUND, index, &progress, &wait);
+                    push(&mut channel, &client, PUSH_ROUND, index, &progress, &wait);
                 }
                 Err(error) => {
                     // A broken stream ends the migration now, not when a page is missed.
@@ -130,13 +130,13 @@ impl Receivers {
     }
 
     /// Receives over a new connection what was left behind, in the round of that number.
-    pub(crate) fn add_push(&mut self, mut channel: Channel, round: u32, store: &Arc<PageStore>) {
+    pub(crate) fn add_push(&mut self, mut channel: Channel, round: u32, client: &Arc<FaultClient>) {
         let index = self.progress.open();
         self.progress.over(index);
-        let (store, progress) = (Arc::clone(store), Arc::clone(&self.progress));
+        let (client, progress) = (Arc::clone(client), Arc::clone(&self.progress));
         let wait = self.stop.wait_idle(self.idle);
         self.threads.push(thread::spawn(move || {
-            push(&mut channel, &store, round, index, &progress, &wait);
+            push(&mut channel, &client, round, index, &progress, &wait);
         }));
     }
 
@@ -211,13 +211,13 @@ impl Drop for Receivers {
 
 fn push(
     channel: &mut Channel,
-    store: &PageStore,
+    client: &FaultClient,
     round: u32,
     index: usize,
     progress: &Progress,
     wait: &Wait,
 ) {
-    let result = post::receive_push(channel, store, round, wait);
+    let result = post::receive_push(channel, client, round, wait);
     progress.pushed(index, result.map(drop).map_err(|error| chain(&error)));
 }
 

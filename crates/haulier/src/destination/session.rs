@@ -197,14 +197,14 @@ impl<'a> Session<'a> {
         let mut images = None;
         let mut missing = begin.memory_streams.clamp(1, 64);
         let (mut faults, mut packets) = (begin.faults, begin.packets);
-        let store = Arc::clone(&self.store);
+        let client = Arc::clone(&self.faults);
         while images.is_none() || missing > 0 || faults || packets {
             match self.streams.recv_timeout(Duration::from_millis(20)) {
                 Ok(Stream { role, channel, .. }) => match role {
                     Role::Images if images.is_none() => images = Some(channel),
                     Role::Memory if missing > 0 => {
                         missing -= 1;
-                        self.link_mut().receivers.add(channel, &store);
+                        self.link_mut().receivers.add(channel, &client);
                     }
                     Role::Faults if faults => {
                         faults = false;

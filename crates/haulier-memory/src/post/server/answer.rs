@@ -149,6 +149,7 @@ impl Run<'_> {
             Asked::Send(index) => index,
             Asked::UnderWay => {
                 desk.stats.under_way += 1;
+                self.helpers.lend();
                 return Ok(());
             }
             Asked::NoTask => return Err(ServeError::NoTask { task }),

@@ -13,6 +13,7 @@ use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::super::lending::Helpers;
 use super::super::push::Window;
 use super::{PageServer, ServeError, ServeOptions, ServeStats};
 use crate::page::PageRange;
@@ -38,6 +39,9 @@ pub(super) struct Run<'a> {
     started: Instant,
     /// Bytes that were pushed.
     pushed: AtomicU64,
+    /// Threads that push: a task may wait for a page that one of them has in hand, and there is no
+    /// telling which one it is.
+    pub(super) helpers: Helpers,
 }
 
 impl<'a> Run<'a> {
@@ -61,6 +65,7 @@ impl<'a> Run<'a> {
             wake,
             started: Instant::now(),
             pushed: AtomicU64::new(0),
+            helpers: Helpers::default(),
         })
     }
 
@@ -154,8 +159,11 @@ impl<'a> Run<'a> {
     fn push(&self, channel: &mut Channel, wait: &Wait) -> Result<ServeStats, ServeError> {
         // Those who answer faults go first.
         let _ = priority::bulk();
+        let helping = self.helpers.join();
         let mut lane = Lane::new(self, channel);
-        while lane.push_next(self, channel, true, wait)? {}
+        while lane.push_next(self, channel, true, wait)? {
+            helping.hand_back();
+        }
         // The answering thread may wait for nothing but this.
         self.wake();
         self.end(channel, lane.stats.pages, wait)?;
