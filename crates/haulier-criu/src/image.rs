@@ -13,7 +13,7 @@ use thiserror::Error;
 /// First word of every image but the inventory.
 const COMMON: u32 = 0x5456_4319;
 /// Largest image that is read into memory here. The ones with page data are not.
-const LARGEST: u64 = 256 << 20;
+pub(crate) const LARGEST: u64 = 256 << 20;
 
 /// An image haulier reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +24,18 @@ pub enum ImageKind {
     Pagemap,
     /// `mm-PID.img`: one [`MmEntry`].
     Mm,
+    /// `inventory.img`: one entry, behind one magic.
+    Inventory,
+    /// `core-TID.img`: one entry for a thread.
+    Core,
+    /// `ids-PID.img`: which kernel objects a task has.
+    Ids,
+    /// `fdinfo-ID.img`: the descriptors of a task.
+    Fdinfo,
+    /// `files.img`: everything that descriptors and mappings are of.
+    Files,
+    /// `remap-fpath.img`: files whose names are gone.
+    RemapPaths,
 }
 
 impl ImageKind {
@@ -32,13 +44,20 @@ impl ImageKind {
             ImageKind::Pstree => 0x5027_3030,
             ImageKind::Pagemap => 0x5608_4025,
             ImageKind::Mm => 0x5749_2820,
+            ImageKind::Inventory => 0x5831_3116,
+            ImageKind::Core => 0x5505_3847,
+            ImageKind::Ids => 0x5443_2030,
+            ImageKind::Fdinfo => 0x5621_3732,
+            ImageKind::Files => 0x5630_3138,
+            ImageKind::RemapPaths => 0x5913_3954,
         }
     }
 
     /// The first bytes of such a file.
     pub(crate) fn header(self) -> Vec<u8> {
-        let words = [COMMON, self.magic()];
-        words.into_iter().flat_map(u32::to_le_bytes).collect()
+        let common = (self != ImageKind::Inventory).then_some(COMMON);
+        let words = common.into_iter().chain([self.magic()]);
+        words.flat_map(u32::to_le_bytes).collect()
     }
 }
 
@@ -110,6 +129,9 @@ pub struct PagemapEntry {
     /// Pages, as written up to CRIU 4.1.1; zero from 4.2 on.
     #[prost(uint32, required, tag = "2")]
     pub compat_pages: u32,
+    /// Whether an earlier dump has them, as it was written before there were flags.
+    #[prost(bool, optional, tag = "3")]
+    pub in_parent: Option<bool>,
     /// What is known of them, see [`PagemapEntry::is_lazy`].
     #[prost(uint32, optional, tag = "4")]
     pub flags: Option<u32>,
@@ -127,6 +149,7 @@ impl PagemapEntry {
         PagemapEntry {
             address,
             compat_pages: pages.try_into().unwrap_or(u32::MAX),
+            in_parent: None,
             flags: Some(Self::LAZY),
             pages: Some(pages),
         }
@@ -191,6 +214,12 @@ impl Mapping {
         self.flags & (wanted | unwanted) == wanted && self.status & Self::SPECIAL == 0
     }
 
+    /// Whether it is memory of the task alone, and no file's.
+    pub fn is_private_anonymous(&self) -> bool {
+        let wanted = Self::PRIVATE | Self::ANONYMOUS;
+        self.flags & wanted == wanted && self.status & Self::SPECIAL == 0
+    }
+
     /// Whether the kernel may drop its pages at any time, so that they are not dumped.
     pub fn is_droppable(&self) -> bool {
         self.flags & Self::DROPPABLE != 0
@@ -239,25 +268,35 @@ impl Image {
             bytes,
             offset: 0,
         };
-        let (common, magic) = (image.word()?, image.word()?);
-        if common != Some(COMMON) || magic != Some(kind.magic()) {
-            return Err(image.invalid(format!("it is not a {kind:?} image")));
+        let header = kind.header();
+        if !image.bytes.starts_with(&header) {
+            return Err(image.invalid(format!("it is no {kind:?} image")));
         }
+        image.offset = header.len();
         Ok(image)
     }
 
     /// The next entry; `None` at the end.
     pub(crate) fn next<M: Message + Default>(&mut self) -> Result<Option<M>, ImageError> {
+        let Some(entry) = self.next_bytes()? else {
+            return Ok(None);
+        };
+        let entry = M::decode(entry).map_err(|error| error.to_string());
+        entry.map(Some).map_err(|why| self.invalid(why))
+    }
+
+    /// The next entry as it is; `None` at the end.
+    pub(crate) fn next_bytes(&mut self) -> Result<Option<&[u8]>, ImageError> {
         let Some(length) = self.word()? else {
             return Ok(None);
         };
-        let rest = &self.bytes[self.offset..];
-        let Some(entry) = rest.get(..length as usize) else {
+        let start = self.offset;
+        let end = start.saturating_add(length as usize);
+        if end > self.bytes.len() {
             return Err(self.invalid("it ends in the middle of an entry".to_owned()));
-        };
-        let entry = M::decode(entry).map_err(|error| self.invalid(error.to_string()))?;
-        self.offset += length as usize;
-        Ok(Some(entry))
+        }
+        self.offset = end;
+        Ok(Some(&self.bytes[start..end]))
     }
 
     /// The next entry, which has to be there.

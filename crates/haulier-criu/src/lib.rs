@@ -7,6 +7,7 @@ pub mod dump;
 pub mod failure;
 pub mod find;
 pub mod image;
+pub mod inspect;
 pub mod lazy_socket;
 pub mod log;
 pub mod messages;

@@ -127,6 +127,7 @@ mod tests {
         PagemapEntry {
             address: start * PAGE,
             compat_pages: 0,
+            in_parent: None,
             flags: Some(4),
             pages: Some(pages),
         }

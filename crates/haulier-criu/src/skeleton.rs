@@ -164,7 +164,10 @@ fn read_task(open: Open<'_>, entry: PstreeEntry) -> Result<Task, ImageError> {
 }
 
 /// Reads a pagemap, whose runs have to be aligned, ascending and disjoint.
-fn each_run(pagemap: &mut Image, mut each: impl FnMut(&PagemapEntry)) -> Result<(), ImageError> {
+pub(crate) fn each_run(
+    pagemap: &mut Image,
+    mut each: impl FnMut(&PagemapEntry),
+) -> Result<(), ImageError> {
     pagemap.expect::<PagemapHead>()?;
     let mut from = 0;
     while let Some(entry) = pagemap.next::<PagemapEntry>()? {

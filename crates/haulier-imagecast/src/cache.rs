@@ -1,6 +1,6 @@
 //! `haulier image-cache`: keeps the images that proxies send, and serves restores.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -14,7 +14,9 @@ use haulier_transport::error::TransportError;
 use haulier_transport::greeting::Identity;
 use thiserror::Error;
 
+use crate::chunks::{ChunkReader, ChunkWriter};
 use crate::control::{self, ControlError, Delivered, Listing, Reply, Request};
+use crate::directory::CHUNK;
 use crate::front::Front;
 use crate::lazy::Daemon;
 use crate::link::{Connector, Key, LinkError, Way};
@@ -239,7 +241,7 @@ fn spawn<'scope>(
 pub fn list(directory: &Path, wait: &Wait) -> Result<Listing, ControlError> {
     match control::ask(directory, &Request::List, wait)? {
         Reply::Listing(listing) => Ok(listing),
-        _ => Err(ControlError::No("another answer than asked for".to_owned())),
+        _ => Err(control::another()),
     }
 }
 
@@ -272,6 +274,67 @@ pub fn load(directory: &Path, from: &Path, wait: &Wait) -> Result<Delivered, Con
         path: from.to_owned(),
     };
     control::ask_to(directory, &request, wait)
+}
+
+/// Has the cache that serves `directory` send a snapshot (the newest that is released, if none is named)
+/// as a tar file, which is written to `to`. It is whole if this succeeds: without its end otherwise, so
+/// that nobody takes it for whole.
+///
+/// # Errors
+/// See [`ControlError`].
+pub fn save_to(
+    directory: &Path,
+    snapshot: Option<u64>,
+    to: &mut dyn Write,
+    wait: &Wait,
+) -> Result<Delivered, ControlError> {
+    let request = Request::SaveHere { snapshot };
+    let socket = control::question(directory, &request, wait)?;
+    let mut from = ChunkReader::new(&socket, wait);
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let count = from.read(&mut buffer).map_err(ControlError::Silent)?;
+        if count == 0 {
+            break;
+        }
+        to.write_all(&buffer[..count])
+            .map_err(ControlError::Write)?;
+    }
+    let delivered = control::done(control::answer(&socket, wait)?)?;
+    to.flush().map_err(ControlError::Write)?;
+    Ok(delivered)
+}
+
+/// Has the cache that serves `directory` take the tar file that is read from `from` as a new snapshot.
+///
+/// # Errors
+/// See [`ControlError`].
+pub fn load_from(
+    directory: &Path,
+    from: &mut dyn Read,
+    wait: &Wait,
+) -> Result<Delivered, ControlError> {
+    let socket = control::question(directory, &Request::LoadHere, wait)?;
+    let mut to = ChunkWriter::new(&socket, wait);
+    let mut buffer = vec![0; CHUNK];
+    let sent = loop {
+        let count = match from.read(&mut buffer) {
+            Ok(0) => break to.finish(),
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            // It is not told where the file ends, and forgets it.
+            Err(error) => return Err(ControlError::Read(error)),
+        };
+        if let Err(error) = to.write_all(&buffer[..count]) {
+            break Err(error);
+        }
+    };
+    // One that does not want the rest has said why.
+    match (control::answer(&socket, wait), sent) {
+        (Ok(reply), _) => control::done(reply),
+        (Err(ControlError::Silent(_)), Err(error)) => Err(ControlError::Silent(error)),
+        (Err(error), _) => Err(error),
+    }
 }
 
 /// Lets a snapshot be restored that is complete, but whose proxy was lost before it said that the

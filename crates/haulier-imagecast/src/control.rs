@@ -41,6 +41,12 @@ pub enum ControlError {
     /// It did not answer.
     #[error("no answer came")]
     Silent(#[source] io::Error),
+    /// What it was to be given cannot be read.
+    #[error("cannot read what is to be loaded")]
+    Read(#[source] io::Error),
+    /// What it gives cannot be written.
+    #[error("cannot write what is saved")]
+    Write(#[source] io::Error),
     /// It answered something else.
     #[error("the answer makes no sense")]
     Nonsense(#[source] serde_json::Error),
@@ -67,6 +73,19 @@ pub(crate) enum Request {
         /// Absolute.
         path: PathBuf,
     },
+    /// Of a cache: send a snapshot as a tar file over this connection, in chunks, then the answer.
+    SaveHere {
+        /// The newest released one, if none is given.
+        snapshot: Option<u64>,
+    },
+    /// Of a cache: read a tar file from this connection, in chunks, as a new snapshot.
+    LoadHere,
+    /// Of a cache: have its reader look into a snapshot. After the answer come the names and lengths of the
+    /// images, and then, for each [`ReadImage`], the contents; all in chunks.
+    Inspect {
+        /// The newest complete one, if none is given.
+        snapshot: Option<u64>,
+    },
     /// Of a cache: read the images of a directory, or a tar file, as a new snapshot.
     Load {
         /// Absolute.
@@ -92,8 +111,25 @@ pub(crate) enum Reply {
     Done(Delivered),
     /// What a cache has.
     Listing(Listing),
+    /// It can be looked into.
+    Opened(Opened),
     /// It is not done, for this reason.
     No(String),
+}
+
+/// What a reader that looks into a snapshot asks for: an image by its name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ReadImage {
+    pub(crate) name: String,
+}
+
+/// A snapshot that can be looked into.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Opened {
+    /// Its number in the cache.
+    pub snapshot: u64,
+    /// How it stands, as in a [`Listed`].
+    pub state: String,
 }
 
 /// A snapshot of which something was asked.
@@ -137,9 +173,24 @@ pub struct Listed {
 
 /// Asks whoever serves `directory`.
 pub(crate) fn ask(directory: &Path, request: &Request, wait: &Wait) -> Result<Reply, ControlError> {
+    let socket = question(directory, request, wait)?;
+    answer(&socket, wait)
+}
+
+/// Asks, and leaves the answer to the caller.
+pub(crate) fn question(
+    directory: &Path,
+    request: &Request,
+    wait: &Wait,
+) -> Result<OwnedFd, ControlError> {
     let socket = local::connect(directory, CONTROL_SOCKET)?;
     send(&socket, request, &wait.at_most(SAYING)).map_err(ControlError::Silent)?;
-    let line = receive_line(&socket, wait).map_err(ControlError::Silent)?;
+    Ok(socket)
+}
+
+/// The answer, unless it is no.
+pub(crate) fn answer(socket: &OwnedFd, wait: &Wait) -> Result<Reply, ControlError> {
+    let line = receive_line(socket, wait).map_err(ControlError::Silent)?;
     match serde_json::from_slice(&line).map_err(ControlError::Nonsense)? {
         Reply::No(why) => Err(ControlError::No(why)),
         reply => Ok(reply),
@@ -152,10 +203,20 @@ pub(crate) fn ask_to(
     request: &Request,
     wait: &Wait,
 ) -> Result<Delivered, ControlError> {
-    match ask(directory, request, wait)? {
+    done(ask(directory, request, wait)?)
+}
+
+/// What was done.
+pub(crate) fn done(reply: Reply) -> Result<Delivered, ControlError> {
+    match reply {
         Reply::Done(delivered) => Ok(delivered),
-        _ => Err(ControlError::No("another answer than asked for".to_owned())),
+        _ => Err(another()),
     }
+}
+
+/// It does not know what it was asked, or we do not know what it says.
+pub(crate) fn another() -> ControlError {
+    ControlError::No("another answer than asked for".to_owned())
 }
 
 /// Reads what was asked.
@@ -168,7 +229,12 @@ pub(crate) fn receive<T: DeserializeOwned>(socket: &OwnedFd, wait: &Wait) -> io:
 pub(crate) fn send(socket: &OwnedFd, message: &impl Serialize, wait: &Wait) -> io::Result<()> {
     let mut line = serde_json::to_vec(message).map_err(io::Error::from)?;
     line.push(b'\n');
-    let mut rest = &line[..];
+    send_all(socket, &line, wait)
+}
+
+/// Sends bytes, all of them.
+pub(crate) fn send_all(socket: &OwnedFd, bytes: &[u8], wait: &Wait) -> io::Result<()> {
+    let mut rest = bytes;
     while !rest.is_empty() {
         match rustix::net::send(socket, rest, SendFlags::NOSIGNAL) {
             Ok(count) => rest = &rest[count..],
@@ -180,17 +246,36 @@ pub(crate) fn send(socket: &OwnedFd, message: &impl Serialize, wait: &Wait) -> i
     Ok(())
 }
 
-fn receive_line(socket: &OwnedFd, wait: &Wait) -> io::Result<Vec<u8>> {
-    let mut line = Vec::new();
-    let mut buffer = [0; 4096];
-    while line.last() != Some(&b'\n') {
-        match rustix::net::recv(socket, &mut buffer, RecvFlags::empty()) {
-            Ok((_, 0)) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok((_, count)) => line.extend_from_slice(&buffer[..count]),
+/// Reads what is there, up to so much; nothing at the end.
+pub(crate) fn receive_some(
+    socket: &OwnedFd,
+    buffer: &mut [u8],
+    flags: RecvFlags,
+    wait: &Wait,
+) -> io::Result<usize> {
+    loop {
+        match rustix::net::recv(socket, &mut *buffer, flags) {
+            Ok((_, count)) => return Ok(count),
             Err(Errno::AGAIN) => wait.readable(socket).map_err(waited)?,
             Err(Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
         }
+    }
+}
+
+/// Reads a line and nothing behind it.
+fn receive_line(socket: &OwnedFd, wait: &Wait) -> io::Result<Vec<u8>> {
+    let mut line = Vec::new();
+    let mut buffer = [0; 4096];
+    while line.last() != Some(&b'\n') {
+        let seen = receive_some(socket, &mut buffer, RecvFlags::PEEK, wait)?;
+        let end = buffer[..seen].iter().position(|byte| *byte == b'\n');
+        let wanted = end.map_or(seen, |end| end + 1);
+        let count = receive_some(socket, &mut buffer[..wanted], RecvFlags::empty(), wait)?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        line.extend_from_slice(&buffer[..count]);
         if line.len() > LONGEST {
             return Err(io::ErrorKind::InvalidData.into());
         }
@@ -198,10 +283,10 @@ fn receive_line(socket: &OwnedFd, wait: &Wait) -> io::Result<Vec<u8>> {
     Ok(line)
 }
 
-fn waited(error: WaitError) -> io::Error {
+pub(crate) fn waited(error: WaitError) -> io::Error {
     match error {
         WaitError::Deadline => io::ErrorKind::TimedOut.into(),
-        WaitError::Cancelled => io::Error::new(io::ErrorKind::Interrupted, "cancelled"),
+        WaitError::Cancelled => io::Error::other("cancelled"),
         WaitError::Io(error) => error,
     }
 }

@@ -39,6 +39,9 @@ pub(crate) enum DirectoryError {
     /// What is there is not a dump that is complete by itself.
     #[error("{path} cannot be loaded: {why}")]
     NoDump { path: PathBuf, why: String },
+    /// What is there is no archive of images.
+    #[error("{path} cannot be read: {why}")]
+    NoArchive { path: PathBuf, why: String },
     /// There is no such snapshot, or it is not complete.
     #[error("there is no complete snapshot of {0} to save")]
     NoSnapshot(ImageName),

@@ -10,22 +10,27 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use haulier_images::name::ImageName;
 use haulier_sys::wait::Cancel;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::archive;
+use crate::chunks::{ChunkReader, ChunkWriter};
 use crate::control::{self, CONTROL_SOCKET, Delivered, Listed, Listing, Reply, Request};
 use crate::directory;
 use crate::lazy::Daemon;
 use crate::local::{LocalError, LocalListener};
+use crate::reading;
 use crate::serve;
 use crate::store::{Info, Key, State, Store};
 use crate::stream::{Connection, SERVE_SOCKET};
 
 /// Most local connections at once.
 const MOST_CONNECTIONS: usize = 1024;
+/// How long whoever sends a tar file, or takes one, may pause.
+const IDLE: Duration = Duration::from_secs(600);
 /// How often the snapshots are looked at: each has a directory of its own.
 const LOOK_NANOSECONDS: i64 = 100_000_000;
 
@@ -146,7 +151,13 @@ impl Front {
         self.start("control", move || {
             let wait = stop.wait(control::SAYING);
             let reply = match control::receive(&socket, &wait) {
-                Ok(request) => answer(&store, &target, request, &stop),
+                Ok(Request::Inspect { snapshot }) => {
+                    match reading::serve(&socket, &store, &target, snapshot, &stop) {
+                        Ok(()) => return,
+                        Err(why) => Reply::No(why),
+                    }
+                }
+                Ok(request) => answer(&socket, &store, &target, request, &stop),
                 Err(error) => Reply::No(format!("the question makes no sense: {error}")),
             };
             // Who does not wait for the answer does not want it.
@@ -198,7 +209,13 @@ impl Drop for Numbered {
     }
 }
 
-fn answer(store: &Store, target: &ImageName, request: Request, stop: &Cancel) -> Reply {
+fn answer(
+    socket: &OwnedFd,
+    store: &Store,
+    target: &ImageName,
+    request: Request,
+    stop: &Cancel,
+) -> Reply {
     let key = |number| Key {
         target: target.clone(),
         number,
@@ -228,6 +245,25 @@ fn answer(store: &Store, target: &ImageName, request: Request, stop: &Cancel) ->
             };
             done(load(store, target, &path).map_err(|error| directory::explain(&error)))
         }
+        Request::SaveHere { snapshot } => {
+            let wait = stop.wait_idle(IDLE);
+            let mut to = ChunkWriter::new(socket, &wait);
+            let saved = archive::save_to(store, target, snapshot, &mut to, stop);
+            let ended = to.finish();
+            done(match (saved, ended) {
+                (Err(error), _) => Err(directory::explain(&error)),
+                (Ok(_), Err(error)) => Err(error.to_string()),
+                (Ok(delivered), Ok(())) => Ok(delivered),
+            })
+        }
+        Request::LoadHere => {
+            let wait = stop.wait_idle(IDLE);
+            let from = ChunkReader::new(socket, &wait);
+            let loaded = archive::load_from(store, target, from);
+            done(loaded.map_err(|error| directory::explain(&error)))
+        }
+        // It is more than a question and an answer.
+        Request::Inspect { .. } => Reply::No("this is not the place for it".to_owned()),
         Request::Release { snapshot } => {
             of(store.settle(&key(snapshot), State::Released), snapshot)
         }
@@ -256,19 +292,7 @@ fn listing(store: &Store, target: &ImageName) -> Listing {
         .filter(|info| &info.key.target == target)
         .map(|info: Info| Listed {
             snapshot: info.key.number,
-            state: match info.state {
-                State::Arriving => "arriving".to_owned(),
-                State::Held => "held".to_owned(),
-                State::Released => match store.left(&info.key) {
-                    None => "released".to_owned(),
-                    Some(lazy) => format!("released, {}", lazy.describe()),
-                },
-                // No page is missing any more.
-                State::Failed(_) if store.left(&info.key).is_some_and(|lazy| lazy.is_placed()) => {
-                    "released, restored".to_owned()
-                }
-                State::Failed(why) => format!("failed: {why}"),
-            },
+            state: describe(store, &info),
             images: info.images as u64,
             bytes: info.bytes,
         });
@@ -277,5 +301,22 @@ fn listing(store: &Store, target: &ImageName) -> Listing {
         peak,
         spilled: store.pool().spilled(),
         snapshots: snapshots.collect(),
+    }
+}
+
+/// How a snapshot stands, for people.
+pub(crate) fn describe(store: &Store, info: &Info) -> String {
+    match &info.state {
+        State::Arriving => "arriving".to_owned(),
+        State::Held => "held".to_owned(),
+        State::Released => match store.left(&info.key) {
+            None => "released".to_owned(),
+            Some(lazy) => format!("released, {}", lazy.describe()),
+        },
+        // No page is missing any more.
+        State::Failed(_) if store.left(&info.key).is_some_and(|lazy| lazy.is_placed()) => {
+            "released, restored".to_owned()
+        }
+        State::Failed(why) => format!("failed: {why}"),
     }
 }

@@ -43,7 +43,7 @@ fn targets(count: usize, home: &TempDir) -> Vec<(ImageName, PathBuf)> {
 }
 
 /// A side that runs until it is dropped.
-struct Running {
+pub(crate) struct Running {
     stop: Cancel,
     thread: Option<JoinHandle<Result<(), String>>>,
     home: TempDir,
@@ -68,7 +68,11 @@ impl Running {
         }
     }
 
-    fn cache(way: Way, count: usize, change: impl FnOnce(&mut cache::Options)) -> Running {
+    pub(crate) fn cache(
+        way: Way,
+        count: usize,
+        change: impl FnOnce(&mut cache::Options),
+    ) -> Running {
         let home = tempfile::tempdir().unwrap();
         let mut options = cache::Options {
             way,
@@ -118,7 +122,7 @@ impl Running {
         Way::To(self.address.clone().unwrap())
     }
 
-    fn directory(&self, target: usize) -> PathBuf {
+    pub(crate) fn directory(&self, target: usize) -> PathBuf {
         self.home.path().join(format!("t{target}"))
     }
 

@@ -14,6 +14,7 @@ use haulier_targets::network::MoveIp;
 use haulier_transport::tcp::LinkTime;
 
 use crate::images_cli::{ImageCache, ImageProxy};
+use crate::inspect_cli::Inspect;
 use crate::settling::{Cancel, Recover, Resolve, StatusArguments};
 
 /// Live migration of running processes between Linux hosts
@@ -40,6 +41,7 @@ pub(crate) enum Command {
     Resolve(Resolve),
     ImageProxy(ImageProxy),
     ImageCache(ImageCache),
+    Inspect(Inspect),
     #[command(hide = true)]
     Guard(Guard),
     /// Have the target make userfaultfds for a haulier that may be killed

@@ -1,8 +1,8 @@
 //! `haulier image-proxy` and `haulier image-cache`.
 
-use std::fs;
-use std::io::{self, Write};
-use std::os::fd::RawFd;
+use std::fs::{self, File};
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::{AsFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -13,13 +13,14 @@ use clap::{Args, Subcommand};
 use haulier::SOFTWARE;
 use haulier::interrupt::cancel_on_signals;
 use haulier_imagecast::compress::Compression;
-use haulier_imagecast::control::Listing;
+use haulier_imagecast::control::{Delivered, Listing};
 use haulier_imagecast::link::{Key, Way};
 use haulier_imagecast::settle::{self, Standing, Verdict};
 use haulier_imagecast::{cache, proxy};
 use haulier_images::name::ImageName;
 use haulier_memory::lazy::guard;
 use haulier_sys::inherited;
+use haulier_sys::wait::Cancel;
 use haulier_targets::host::{self, Host};
 use haulier_transport::greeting::Identity;
 
@@ -29,6 +30,8 @@ use crate::cli::{host_and_port, time};
 const DEFAULT_TARGET: &str = "main";
 /// How long a dump may take to end once it is settled.
 const SETTLING: Duration = Duration::from_secs(90);
+/// How long an image-cache may pause while a tar file goes to it or comes from it.
+const PAUSE: Duration = Duration::from_secs(600);
 /// The action at which CRIU's dump can still be undone.
 const VOTE: &str = "post-dump";
 
@@ -207,13 +210,14 @@ enum CacheCommand {
         #[arg(long, value_name = "N")]
         snapshot: Option<u64>,
         /// A directory, empty or made; or a tar file, if it ends with .tar and is no directory. The cache
-        /// writes it
+        /// writes it. Or -: a tar file to standard output, which has no end if it is not whole
         to: PathBuf,
     },
     /// Read a dump from a directory that CRIU, or "save", has written, or from a tar file of its images
     Load {
         #[command(flatten)]
         of: Of,
+        /// The directory or the file, which the cache reads. Or -: a tar file from standard input
         from: PathBuf,
     },
     /// Let a dump be restored whose image-proxy was lost before it said that the dump succeeded
@@ -464,6 +468,16 @@ fn myself(arguments: &[&str]) -> io::Result<Command> {
 }
 
 fn ask_cache(command: &CacheCommand) -> anyhow::Result<()> {
+    // Whatever ends these has the cache give up too: signals need not be waited for.
+    match command {
+        CacheCommand::Save { of, snapshot, to } if is_stream(to) => {
+            return save_to_stdout(&of.dir, *snapshot);
+        }
+        CacheCommand::Load { of, from } if is_stream(from) => {
+            return load_from_stdin(&of.dir);
+        }
+        _ => {}
+    }
     let stop = cancel_on_signals()?;
     let wait = stop.wait(Duration::from_secs(3600));
     match command {
@@ -478,18 +492,12 @@ fn ask_cache(command: &CacheCommand) -> anyhow::Result<()> {
         CacheCommand::Save { of, snapshot, to } => {
             let to = std::path::absolute(to)?;
             let saved = cache::save(&of.dir, *snapshot, &to, &wait)?;
-            println!(
-                "dump {} saved: {} images, {} bytes",
-                saved.snapshot, saved.images, saved.bytes
-            );
+            println!("{}", describe_saved(&saved));
         }
         CacheCommand::Load { of, from } => {
             let from = std::path::absolute(from)?;
             let loaded = cache::load(&of.dir, &from, &wait)?;
-            println!(
-                "loaded as dump {}: {} images, {} bytes",
-                loaded.snapshot, loaded.images, loaded.bytes
-            );
+            println!("{}", describe_loaded(&loaded));
         }
         CacheCommand::Release { of, snapshot } => {
             cache::release(&of.dir, *snapshot, &wait)?;
@@ -502,6 +510,49 @@ fn ask_cache(command: &CacheCommand) -> anyhow::Result<()> {
         CacheCommand::Guard => guard::run_for_tasks()?,
     }
     Ok(())
+}
+
+/// Whether standard input or output is meant.
+fn is_stream(path: &Path) -> bool {
+    path == Path::new("-")
+}
+
+fn save_to_stdout(directory: &Path, snapshot: Option<u64>) -> anyhow::Result<()> {
+    let out = io::stdout();
+    if out.is_terminal() {
+        bail!("standard output is a terminal, and a tar file of memory is nothing to look at");
+    }
+    // By itself it looks for the ends of lines.
+    let mut out = File::from(out.as_fd().try_clone_to_owned()?);
+    let wait = Cancel::new()?.wait_idle(PAUSE);
+    let saved = cache::save_to(directory, snapshot, &mut out, &wait)?;
+    eprintln!("{}", describe_saved(&saved));
+    Ok(())
+}
+
+fn load_from_stdin(directory: &Path) -> anyhow::Result<()> {
+    let mut from = io::stdin().lock();
+    if from.is_terminal() {
+        bail!("standard input is a terminal, not a tar file");
+    }
+    let wait = Cancel::new()?.wait_idle(PAUSE);
+    let loaded = cache::load_from(directory, &mut from, &wait)?;
+    println!("{}", describe_loaded(&loaded));
+    Ok(())
+}
+
+fn describe_saved(saved: &Delivered) -> String {
+    format!(
+        "dump {} saved: {} images, {} bytes",
+        saved.snapshot, saved.images, saved.bytes
+    )
+}
+
+fn describe_loaded(loaded: &Delivered) -> String {
+    format!(
+        "loaded as dump {}: {} images, {} bytes",
+        loaded.snapshot, loaded.images, loaded.bytes
+    )
 }
 
 fn print_listing(listing: &Listing) {
@@ -560,6 +611,8 @@ mod tests {
             "haulier image-cache --listen [::]:7001 --dir /run/restore --lazy-pages",
             "haulier image-cache --listen [::]:7001 --dir /run/restore --spill /var/tmp",
             "haulier image-cache save --dir /run/restore /tmp/images",
+            "haulier image-cache save --dir /run/restore --snapshot 2 -",
+            "haulier image-cache load --dir /run/restore -",
             "haulier image-cache list --dir /run/restore --json",
             "haulier image-cache drop --dir /run/restore 3",
         ] {

@@ -2,6 +2,7 @@
 
 mod cli;
 mod images_cli;
+mod inspect_cli;
 mod settling;
 
 use std::io::{self, IsTerminal, Write};
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         Command::Serve(arguments) => serve(arguments).map(|()| MOVED),
         Command::ImageProxy(arguments) => images_cli::image_proxy(arguments).map(|()| MOVED),
         Command::ImageCache(arguments) => images_cli::image_cache(arguments).map(|()| MOVED),
+        Command::Inspect(arguments) => inspect_cli::run(arguments).map(|()| MOVED),
         Command::Status(arguments) => settling::status(arguments),
         Command::Recover(arguments) => settling::recover(arguments),
         Command::Cancel(arguments) => settling::cancel(arguments),

@@ -6,34 +6,13 @@ mod stage;
 
 use std::fs;
 
-use cast::{Cast, Counter};
+use cast::{Cast, Counter, LEAVING};
 use haulier_lab::{Captured, HostCommand, Output, Signal};
 use stage::play::{compiled, says, tree_of};
 use stage::{LONG, eventually, lab_program, start};
 
-/// The options of a dump that becomes a page server.
-const LEAVING: [&str; 5] = ["--lazy-pages", "--address", "127.0.0.1", "--port", "9100"];
 /// Slow enough for everything to happen before the memory has moved.
 const SLOW: &str = "20mbit";
-
-fn lazy_proxy(cast: &Cast, options: &[&str]) -> Captured {
-    let mut all = vec!["--lazy-pages", "--page-server", "127.0.0.1:9100"];
-    all.extend(options);
-    let proxy = cast.proxy(&all);
-    let connected = proxy.wait_for_output("connected to the image-cache", LONG);
-    connected.unwrap();
-    proxy
-}
-
-fn lazy_cache(cast: &Cast, options: &[&str]) -> Captured {
-    let mut all = vec!["--lazy-pages"];
-    all.extend(options);
-    cast.cache(&all)
-}
-
-fn lazy_restore(cast: &Cast) -> HostCommand {
-    cast.restore("/srv/images", &["--lazy-pages"])
-}
 
 /// Ends them, so that others can take their places.
 fn end(programs: [Captured; 2]) {
@@ -64,12 +43,12 @@ impl Between {
     fn new() -> Between {
         let cast = Cast::new();
         let counter = cast.counter(64);
-        let cache = lazy_cache(&cast, &["--reconnect", "2s"]);
-        let proxy = lazy_proxy(&cast, &["--reconnect", "2s"]);
+        let cache = cast.lazy_cache(&["--reconnect", "2s"]);
+        let proxy = cast.lazy_proxy(&["--reconnect", "2s"]);
         cast.stage.lab.shape(Some(SLOW)).unwrap();
         let dump = cast.dump_with_vote(counter.pid, &LEAVING);
         let dump = dump.spawn_captured().unwrap();
-        cast.restored(lazy_restore(&cast).output(LONG).unwrap());
+        cast.restored(cast.lazy_restore().output(LONG).unwrap());
         cache
             .wait_for_output("is restored, its memory follows", LONG)
             .unwrap();
@@ -151,9 +130,9 @@ impl Between {
 fn the_memory_of_a_redis_follows_it() {
     let cast = Cast::new();
     let redis = cast.redis(64);
-    let cache = lazy_cache(&cast, &[]);
-    let restore = lazy_restore(&cast).spawn_captured().unwrap();
-    let proxy = lazy_proxy(&cast, &["--compress", "lz4"]);
+    let cache = cast.lazy_cache(&[]);
+    let restore = cast.lazy_restore().spawn_captured().unwrap();
+    let proxy = cast.lazy_proxy(&["--compress", "lz4"]);
 
     let dump = cast.dump_with_vote(redis, &LEAVING).spawn_captured();
     cast.restored(restore.finish(LONG).unwrap());
@@ -168,7 +147,7 @@ fn the_memory_of_a_redis_follows_it() {
     cast.is_right_then_ends(redis, 1, 64);
     nothing_on_disk(&cast);
     // It is not here to be restored again.
-    let again = lazy_restore(&cast).output(LONG).unwrap();
+    let again = cast.lazy_restore().output(LONG).unwrap();
     assert!(!again.status.success());
     cache
         .wait_for_output("it was restored before", LONG)
@@ -185,8 +164,8 @@ fn nothing_of_an_aligned_stack_is_left(dump: impl Fn(&Cast, i32) -> Captured, pr
     let (program, folder) = (program.to_str().unwrap(), folder.to_str().unwrap());
     let pid = start(cast.stage.host(1), &[program, folder]).pid();
     says(&cast.stage, pid, cast.folder.path(), "ready 1");
-    let cache = lazy_cache(&cast, &[]);
-    let restore = lazy_restore(&cast).spawn_captured().unwrap();
+    let cache = cast.lazy_cache(&[]);
+    let restore = cast.lazy_restore().spawn_captured().unwrap();
     let proxy = cast.proxy(proxy);
 
     let dump = dump(&cast, pid);
@@ -205,7 +184,7 @@ fn nothing_of_an_aligned_stack_is_left(dump: impl Fn(&Cast, i32) -> Captured, pr
     fs::write(cast.folder.path().join("go-1"), "").unwrap();
     says(&cast.stage, pid, cast.folder.path(), "good 1");
     // As after every lazy dump.
-    let again = lazy_restore(&cast).output(LONG).unwrap();
+    let again = cast.lazy_restore().output(LONG).unwrap();
     assert!(!again.status.success());
 }
 
@@ -282,8 +261,8 @@ fn a_tree_is_fetched_over_a_connection_that_its_dump_was_given() {
     let tree = tree_of(cast.stage.host(1), root);
     assert_eq!(tree.len(), 4);
 
-    let cache = lazy_cache(&cast, &[]);
-    let restore = lazy_restore(&cast).spawn_captured().unwrap();
+    let cache = cast.lazy_cache(&[]);
+    let restore = cast.lazy_restore().spawn_captured().unwrap();
     let _proxy = cast.proxy(&["--lazy-pages"]);
     let dump = dump_with_connection(&cast, root).spawn_captured().unwrap();
     cast.restored(restore.finish(LONG).unwrap());
@@ -396,8 +375,8 @@ fn whatever_fails_before_a_restore_has_the_process_run_on() {
         counter.goes_on();
     };
     // The proxy dies.
-    let cache = lazy_cache(&cast, &["--reconnect", "1s"]);
-    let proxy = lazy_proxy(&cast, &["--reconnect", "1s"]);
+    let cache = cast.lazy_cache(&["--reconnect", "1s"]);
+    let proxy = cast.lazy_proxy(&["--reconnect", "1s"]);
     let dump = dumped(&cache);
     proxy.process.kill(Signal::KILL).unwrap();
     goes_on(dump);
@@ -407,8 +386,8 @@ fn whatever_fails_before_a_restore_has_the_process_run_on() {
     end([cache, proxy]);
 
     // The cache dies.
-    let cache = lazy_cache(&cast, &["--reconnect", "1s"]);
-    let proxy = lazy_proxy(&cast, &["--reconnect", "1s"]);
+    let cache = cast.lazy_cache(&["--reconnect", "1s"]);
+    let proxy = cast.lazy_proxy(&["--reconnect", "1s"]);
     let dump = dumped(&cache);
     cache.process.kill(Signal::KILL).unwrap();
     goes_on(dump);
@@ -417,12 +396,12 @@ fn whatever_fails_before_a_restore_has_the_process_run_on() {
     end([cache, proxy]);
 
     // Its number is taken at the destination.
-    let cache = lazy_cache(&cast, &[]);
-    let proxy = lazy_proxy(&cast, &[]);
+    let cache = cast.lazy_cache(&[]);
+    let proxy = cast.lazy_proxy(&[]);
     let dump = dumped(&cache);
     let taken = cast.stage.host(2).command("sleep").args(["1000"]).pid(pid);
     let taken = taken.spawn().unwrap();
-    assert!(!lazy_restore(&cast).output(LONG).unwrap().status.success());
+    assert!(!cast.lazy_restore().output(LONG).unwrap().status.success());
     taken.kill(Signal::KILL).unwrap();
     eventually("its number is free", || {
         cast.stage.host(2).process(pid).is_none()
@@ -433,8 +412,8 @@ fn whatever_fails_before_a_restore_has_the_process_run_on() {
     end([cache, proxy]);
 
     // The restore does not know that memory is missing.
-    let cache = lazy_cache(&cast, &[]);
-    let proxy = lazy_proxy(&cast, &[]);
+    let cache = cast.lazy_cache(&[]);
+    let proxy = cast.lazy_proxy(&[]);
     let dump = dumped(&cache);
     let restore = cast.restore("/srv/images", &[]).output(LONG).unwrap();
     assert!(!restore.status.success());
@@ -445,8 +424,8 @@ fn whatever_fails_before_a_restore_has_the_process_run_on() {
     end([cache, proxy]);
 
     // Nobody wants it.
-    let cache = lazy_cache(&cast, &[]);
-    let proxy = lazy_proxy(&cast, &[]);
+    let cache = cast.lazy_cache(&[]);
+    let proxy = cast.lazy_proxy(&[]);
     let dump = dumped(&cache);
     let drop_it = cast.stage.haulier(2).args(["image-cache", "drop", "1"]);
     let drop_it = drop_it.args(["--dir", "/srv/images"]);
@@ -466,14 +445,14 @@ fn memory_is_left_behind_only_if_both_sides_were_told() {
         counter.goes_on();
     };
     let cache = cast.cache(&[]);
-    let proxy = lazy_proxy(&cast, &[]);
+    let proxy = cast.lazy_proxy(&[]);
     fails();
     let said = proxy.stderr().unwrap();
     let plain = "this image-cache runs without --lazy-pages";
     assert!(said.contains(plain), "{said}");
     end([cache, proxy]);
 
-    let _cache = lazy_cache(&cast, &[]);
+    let _cache = cast.lazy_cache(&[]);
     let proxy = cast.proxy(&[]);
     proxy
         .wait_for_output("connected to the image-cache", LONG)
@@ -488,11 +467,11 @@ fn memory_is_left_behind_only_if_both_sides_were_told() {
 fn a_dump_that_left_nothing_behind_is_restored_without_lazy_pages_only() {
     let cast = Cast::new();
     let counter = cast.counter(16);
-    let cache = lazy_cache(&cast, &[]);
-    let _proxy = lazy_proxy(&cast, &[]);
+    let cache = cast.lazy_cache(&[]);
+    let _proxy = cast.lazy_proxy(&[]);
     cast.dumped(cast.dump_with_vote(counter.pid, &[]).output(LONG).unwrap());
     for _ in 0..2 {
-        assert!(!lazy_restore(&cast).output(LONG).unwrap().status.success());
+        assert!(!cast.lazy_restore().output(LONG).unwrap().status.success());
         assert!(!cast.stage.host(2).process_alive(counter.pid));
     }
     cache
@@ -506,8 +485,8 @@ fn a_dump_that_left_nothing_behind_is_restored_without_lazy_pages_only() {
 fn a_dump_whose_memory_is_elsewhere_is_not_saved() {
     let cast = Cast::new();
     let counter = cast.counter(16);
-    let cache = lazy_cache(&cast, &[]);
-    let _proxy = lazy_proxy(&cast, &[]);
+    let cache = cast.lazy_cache(&[]);
+    let _proxy = cast.lazy_proxy(&[]);
     let dump = cast.dump_with_vote(counter.pid, &LEAVING);
     let dump = dump.spawn_captured().unwrap();
     cache
@@ -522,7 +501,7 @@ fn a_dump_whose_memory_is_elsewhere_is_not_saved() {
         assert_eq!(there.unwrap().stdout.trim(), "0");
     }
     // It does no harm to the dump.
-    cast.restored(lazy_restore(&cast).output(LONG).unwrap());
+    cast.restored(cast.lazy_restore().output(LONG).unwrap());
     cast.dumped(dump.finish(LONG).unwrap());
     counter.goes_on();
 }

@@ -25,6 +25,9 @@ pub const REDIS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 6
 /// The port that the cache listens on.
 pub const PORT: u16 = 7001;
 
+/// The options of a dump that becomes a page server.
+pub const LEAVING: [&str; 5] = ["--lazy-pages", "--address", "127.0.0.1", "--port", "9100"];
+
 /// Two hosts, their directories for CRIU, and the vote.
 pub struct Cast {
     pub stage: Stage,
@@ -85,6 +88,41 @@ impl Cast {
             .unwrap();
         proxy.wait_for_output("taking dumps", LONG).unwrap();
         proxy
+    }
+
+    /// A cache that is the lazy-pages daemon of its restores.
+    pub fn lazy_cache(&self, options: &[&str]) -> Captured {
+        let mut all = vec!["--lazy-pages"];
+        all.extend(options);
+        self.cache(&all)
+    }
+
+    /// A proxy that fetches what dumps with [`LEAVING`] leave, when it is connected.
+    pub fn lazy_proxy(&self, options: &[&str]) -> Captured {
+        let mut all = vec!["--lazy-pages", "--page-server", "127.0.0.1:9100"];
+        all.extend(options);
+        let proxy = self.proxy(&all);
+        let connected = proxy.wait_for_output("connected to the image-cache", LONG);
+        connected.unwrap();
+        proxy
+    }
+
+    /// The restore of such a dump.
+    pub fn lazy_restore(&self) -> HostCommand {
+        self.restore("/srv/images", &["--lazy-pages"])
+    }
+
+    /// `haulier inspect` on host 2.
+    pub fn inspect(&self, options: &[&str]) -> Output {
+        let inspect = self.stage.haulier(2).arg("inspect").args(options);
+        inspect.output(LONG).unwrap()
+    }
+
+    /// The same, as JSON.
+    #[track_caller]
+    pub fn inspected(&self, options: &[&str]) -> serde_json::Value {
+        let said = self.inspect(&[options, &["--json"]].concat()).success();
+        serde_json::from_str(&said).unwrap()
     }
 
     pub fn criu(&self, host: usize, arguments: &[&str]) -> HostCommand {
