@@ -30,6 +30,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use haulier_criu::lazy_socket::{LazyListener, LazySocketError};
+use haulier_criu::skeleton::Skeleton;
 
 use crate::page::PageRange;
 use crate::ranges::RangeSet;
@@ -46,6 +47,27 @@ use todo::Todo;
 pub struct LazyMap {
     /// The tasks, in any order. A task that is missing here has no pages to be placed.
     pub tasks: Vec<LazyTask>,
+}
+
+impl LazyMap {
+    /// What the images of a dump say of it.
+    pub fn of(skeleton: &Skeleton) -> LazyMap {
+        let tasks = skeleton.tasks.iter().map(|task| LazyTask {
+            vpid: task.pid,
+            ranges: task
+                .lazy
+                .iter()
+                .map(|range| PageRange {
+                    start: range.start,
+                    pages: range.pages,
+                })
+                .collect(),
+            vmas: task.mappings.clone(),
+        });
+        LazyMap {
+            tasks: tasks.collect(),
+        }
+    }
 }
 
 /// The lazy pages of one task.

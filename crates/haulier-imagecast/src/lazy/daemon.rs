@@ -12,10 +12,7 @@ use haulier_criu::lazy_socket::LazySocketError;
 use haulier_criu::skeleton::Skeleton;
 use haulier_images::name::ImageName;
 use haulier_memory::lazy::guard::Guard;
-use haulier_memory::lazy::{
-    FaultSink, FillStats, LazyError, LazyMap, LazyPages, LazyPagesHandle, LazyTask,
-};
-use haulier_memory::page::PageRange;
+use haulier_memory::lazy::{FaultSink, FillStats, LazyError, LazyMap, LazyPages, LazyPagesHandle};
 use haulier_memory::store::PageStore;
 use haulier_sys::wait::{Cancel, Wait};
 
@@ -134,7 +131,7 @@ impl Daemon {
             let guard = Guard::spawn(command, &Wait::uncancellable(GUARD));
             daemon = daemon.guarded_by(guard.map_err(|error| explain(&error))?);
         }
-        let handle = daemon.start(map_of(&skeleton), store);
+        let handle = daemon.start(LazyMap::of(&skeleton), store);
         Ok((handle.map_err(|error| explain(&error))?, room))
     }
 
@@ -248,24 +245,6 @@ impl Follower {
             stats.remote_faults,
             stats.remote_latency.longest_us
         );
-    }
-}
-
-fn map_of(skeleton: &Skeleton) -> LazyMap {
-    let tasks = skeleton.tasks.iter().map(|task| LazyTask {
-        vpid: task.pid,
-        ranges: task
-            .lazy
-            .iter()
-            .map(|range| PageRange {
-                start: range.start,
-                pages: range.pages,
-            })
-            .collect(),
-        vmas: task.mappings.clone(),
-    });
-    LazyMap {
-        tasks: tasks.collect(),
     }
 }
 

@@ -10,8 +10,7 @@ use std::time::Duration;
 use haulier_criu::restore::{self, Parked, RestoreOptions, Starting, Waiting};
 use haulier_criu::skeleton::Skeleton;
 use haulier_memory::lazy::guard::Guard;
-use haulier_memory::lazy::{LazyMap, LazyPages, LazyPagesHandle, LazyTask};
-use haulier_memory::page::PageRange;
+use haulier_memory::lazy::{LazyMap, LazyPages, LazyPagesHandle};
 use haulier_memory::post::FaultClient;
 use haulier_memory::store::PageStore;
 use haulier_proto::id::MigrationId;
@@ -177,7 +176,7 @@ impl Hold {
         if let Some(guard) = self.guard.take() {
             daemon = daemon.guarded_by(guard);
         }
-        self.lazy = Some(daemon.start(lazy_map(&skeleton), Arc::clone(memory.store))?);
+        self.lazy = Some(daemon.start(LazyMap::of(&skeleton), Arc::clone(memory.store))?);
         clock.lap("skeleton");
 
         let parked = self.run_criu(shared, wait)?;
@@ -366,23 +365,5 @@ fn capture_of(id: MigrationId, lock: &mut ArmedLock) -> Option<Capture> {
             warn!(%error, "packets that come here too early will be lost");
             None
         }
-    }
-}
-
-fn lazy_map(skeleton: &Skeleton) -> LazyMap {
-    let task = |task: &haulier_criu::skeleton::Task| LazyTask {
-        vpid: task.pid,
-        ranges: task
-            .lazy
-            .iter()
-            .map(|range| PageRange {
-                start: range.start,
-                pages: range.pages,
-            })
-            .collect(),
-        vmas: task.mappings.clone(),
-    };
-    LazyMap {
-        tasks: skeleton.tasks.iter().map(task).collect(),
     }
 }
