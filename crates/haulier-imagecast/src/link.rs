@@ -8,12 +8,12 @@ use std::time::Duration;
 use haulier_proto::frame::Kind;
 use haulier_proto::id::{MigrationId, Secret};
 use haulier_proto::message::Role;
+pub(crate) use haulier_sys::random::bytes as random;
 use haulier_sys::wait::{Wait, WaitError};
 use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
 use haulier_transport::greeting::{self, Identity, Purpose};
 use haulier_transport::tcp;
-use rustix::rand::{GetRandomFlags, getrandom};
 use thiserror::Error;
 
 use crate::message::session::Body;
@@ -320,23 +320,6 @@ fn nonce(channel: &Channel, bytes: &[u8]) -> Result<[u8; PROOF], LinkError> {
     bytes
         .try_into()
         .map_err(|_| protocol(channel, "a nonce of the wrong length"))
-}
-
-/// Random bytes of the system.
-///
-/// # Panics
-/// If the kernel has no generator, which no supported one lacks.
-pub(crate) fn random<const N: usize>() -> [u8; N] {
-    let mut bytes = [0; N];
-    let mut filled = 0;
-    while filled < N {
-        match getrandom(&mut bytes[filled..], GetRandomFlags::empty()) {
-            Ok(count) => filled += count,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => panic!("getrandom: {errno}"),
-        }
-    }
-    bytes
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ pub mod pages;
 pub mod pidfd;
 pub mod priority;
 pub mod process_memory;
+pub mod random;
 pub mod remote;
 pub mod seccomp;
 pub mod seclusion;

@@ -15,7 +15,6 @@ pub mod guard;
 pub mod interrupt;
 pub mod journal;
 mod packets;
-mod random;
 pub mod recovery;
 pub mod report;
 pub mod source;

@@ -20,10 +20,10 @@ use crate::SOFTWARE;
 use crate::commands::Incoming;
 use crate::failure::Failure;
 use crate::journal::{Holding, Journal, Side};
-use crate::random;
 use crate::recovery;
 use crate::report::Progress;
 use crate::timeline::Timeline;
+use haulier_sys::random;
 
 /// How long the destination of an earlier migration, whose haulier was killed, may take to answer.
 const ASKING_TIME: Duration = Duration::from_secs(2);

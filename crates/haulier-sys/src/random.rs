@@ -6,7 +6,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 ///
 /// # Panics
 /// If the kernel has no generator, which no supported one lacks.
-pub(crate) fn bytes<const N: usize>() -> [u8; N] {
+pub fn bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     let mut filled = 0;
     while filled < N {
