@@ -225,6 +225,18 @@ impl Userfaultfd {
         self.ioctl(UFFDIO_REGISTER, &mut arg)
     }
 
+    /// Registers the mappings of a range for write protection, beside missing pages, for which they are
+    /// registered already. Nothing is protected: all that it does is to be seen in `smaps`, of the process
+    /// whose memory this is for. Errors as of [`Self::register_write_protect`].
+    pub fn mark(&self, start: u64, len: u64) -> io::Result<()> {
+        let mut arg = RegisterArg {
+            range: RangeArg { start, len },
+            mode: MODE_MISSING | MODE_WP,
+            ioctls: 0,
+        };
+        self.ioctl(UFFDIO_REGISTER, &mut arg)
+    }
+
     /// Registers a whole [`Region`] of our own for faults on missing pages.
     pub fn register_missing(&self, region: &Region) -> io::Result<()> {
         let range = RangeArg {

@@ -186,8 +186,7 @@ pub(crate) struct ImageCache {
     keep: u32,
     /// Take dumps that leave memory behind, and be the lazy-pages daemon of their restores: "criu
     /// restore --stream -D DIR --lazy-pages". Such a dump can be restored once. The restored processes
-    /// are killed if this ends before all their memory has come; one that was forked since and is no descendant
-    /// of theirs any more is not found, and stands where it needs memory
+    /// are killed if this ends before all their memory has come, with whatever they have forked since
     #[arg(long)]
     lazy_pages: bool,
 }

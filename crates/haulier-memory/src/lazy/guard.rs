@@ -6,13 +6,14 @@
 //! word that all is placed, the guard kills the tasks' cgroup before it lets go.
 //!
 //! Where the tasks are in no cgroup of their own ([`run_for_tasks`]) it kills each task that has sent
-//! a descriptor, and all that descends from it. A child that has left its family is not found, and stands
-//! where it needs a page: the guard holds its descriptor for as long as it lives.
+//! a descriptor, and all that descends from it. A child that has left its family is found by its memory,
+//! and stands where it needs a page until then: the guard holds its descriptor for as long as it lives.
 //!
 //! A forked child's descriptor reaches the guard some microseconds after the child can run: to die
 //! in between is the one case that is not covered for that child, until the guard kills it.
 
 mod keeper;
+mod strays;
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;

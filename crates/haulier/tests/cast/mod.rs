@@ -193,17 +193,22 @@ impl Cast {
     pub fn counter(&self, mib: usize) -> Counter {
         loop {
             let counter = self.any_counter(mib);
-            let host = self.stage.host(1);
-            let calls = format!("cat /proc/{}/task/*/syscall", counter.pid);
-            let calls = host.shell(&calls).unwrap().success();
-            // The number and six arguments are before it; a thread that runs has none.
-            let mut pointers = calls.lines().filter_map(|line| line.split(' ').nth(7));
-            if !pointers.any(|pointer| pointer.ends_with("000")) {
+            if !self.sleeps_at_a_page(counter.pid) {
                 return counter;
             }
+            let host = self.stage.host(1);
             host.signal(counter.pid, Signal::KILL).unwrap();
             eventually("it is gone", || host.process(counter.pid).is_none());
         }
+    }
+
+    /// Whether a thread of a process on host 1 sleeps with its stack pointer at the beginning of a page.
+    pub fn sleeps_at_a_page(&self, pid: i32) -> bool {
+        let calls = format!("cat /proc/{pid}/task/*/syscall");
+        let calls = self.stage.host(1).shell(&calls).unwrap().success();
+        // The number and six arguments are before it; a thread that runs has none.
+        let mut pointers = calls.lines().filter_map(|line| line.split(' ').nth(7));
+        pointers.any(|pointer| pointer.ends_with("000"))
     }
 
     fn any_counter(&self, mib: usize) -> Counter {

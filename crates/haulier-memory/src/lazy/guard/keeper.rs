@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags};
 use rustix::process::{Pid, Signal, pidfd_send_signal};
 
+use super::strays::Strays;
 use super::{GuardError, READY, WORD_BYTES, Word, kill_file};
 
 /// How often to look whether the last task is dead.
@@ -23,6 +24,9 @@ const LOOK: Duration = Duration::from_millis(5);
 
 /// How long killed tasks may take to end.
 const DEATH: Duration = Duration::from_secs(10);
+
+/// How long the memory of killed tasks may take to go.
+const GONE: Duration = Duration::from_millis(100);
 
 /// How often to try again what must not fail.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -80,8 +84,9 @@ pub fn run(cgroup: &Path, before_kill: impl FnOnce()) -> Result<Outcome, GuardEr
 }
 
 /// The same for tasks that are in no cgroup of their own: what is killed is every task that has sent
-/// a descriptor, and its descendants. A task that has left that family is not found: it stands where it
-/// needs a page, and this with it, until somebody kills it.
+/// a descriptor, and its descendants; then every other that has memory that a descriptor was made for: a
+/// child that has left its family stands where it needs a page until it is found, and this goes on until
+/// no such memory is left.
 ///
 /// # Errors
 /// [`GuardError::Socket`].
@@ -99,17 +104,22 @@ pub fn run_for_tasks() -> Result<(), GuardError> {
     Ok(())
 }
 
-/// Holds each for as long as there is memory that it was made for.
+/// Holds each for as long as there is memory that it was made for, and kills whoever has it.
 fn hold_what_lives(held: HashMap<u64, OwnedFd>) {
     let held = held.into_values().map(Userfaultfd::from_fd);
     let mut held: Vec<Userfaultfd> = held.filter_map(Result::ok).collect();
-    let since = Instant::now();
+    let mut strays = Strays::default();
+    let mut next = Instant::now() + GONE;
     loop {
         held.retain(Userfaultfd::has_memory);
         if held.is_empty() {
             return;
         }
-        thread::sleep(if since.elapsed() < DEATH { LOOK } else { AGAIN });
+        if Instant::now() >= next {
+            strays.kill(&held);
+            next = Instant::now() + AGAIN;
+        }
+        thread::sleep(LOOK);
     }
 }
 
