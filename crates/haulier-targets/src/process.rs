@@ -185,6 +185,15 @@ pub(crate) fn descends_from(pid: i32, root: i32) -> bool {
     true
 }
 
+/// When a process began, in ticks since the system did: with its number, what tells it from others.
+/// `None` if it is not there.
+pub fn began(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The 22nd of proc_pid_stat(5); the state is the third, behind the name.
+    let (_, after) = stat.rsplit_once(") ")?;
+    after.split(' ').nth(22 - 3)?.parse().ok()
+}
+
 fn read_process(pid: i32) -> io::Result<Process> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let malformed = || io::Error::new(io::ErrorKind::InvalidData, "malformed /proc/PID/stat");

@@ -2,7 +2,9 @@
 //! any moment, and what one that was killed itself has left.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -10,10 +12,11 @@ use std::time::Duration;
 use haulier_sys::remote::apart::{self, Apart, ApartError};
 use haulier_sys::remote::leftover::{self, Leftover};
 use haulier_sys::remote::{Directly, Look, RemoteError, TakeUserfaultfd, Taken};
-use haulier_targets::process::ProcessTree;
+use haulier_targets::process::{self, ProcessTree};
 use tracing::warn;
 
 use crate::checkpoint;
+use crate::directories::STATE;
 
 /// Of a point of [`checkpoint`] that is not the agent's: there such a process holds a thread of the
 /// target.
@@ -23,6 +26,8 @@ pub const HOLDING: &str = "userfaultfd";
 /// How long a userfaultfd has to have been of no use to be a leftover. A program that makes one begins
 /// with it in the next moment.
 const USELESS: Duration = Duration::from_millis(500);
+/// How names of the records of processes begin that may have one, in [`STATE`].
+const MARK: &str = ".tracing-";
 /// Patience with a target that is to close one.
 const CLOSE: Duration = Duration::from_secs(2);
 
@@ -97,10 +102,19 @@ fn start() -> Result<Apart, ApartError> {
 
 impl TakeUserfaultfd for Tracer {
     fn take(&mut self, pid: i32, timeout: Duration) -> Result<Taken<Look>, RemoteError> {
-        match self.by_helper(|helper| helper.take(pid, timeout)) {
+        let mark = mark(pid);
+        if let Some(mark) = &mark {
+            // Where nothing can be written nothing of the kind is closed later, and CRIU says why.
+            let _ = fs::write(mark, "");
+        }
+        let taken = match self.by_helper(|helper| helper.take(pid, timeout)) {
             Some(result) => result,
             None => Directly.take(pid, timeout),
+        };
+        if let (Some(mark), Ok(_)) = (&mark, &taken) {
+            let _ = fs::remove_file(mark);
         }
+        taken
     }
 
     fn close(&mut self, pid: i32, timeout: Duration, what: Leftover) -> Result<(), RemoteError> {
@@ -112,14 +126,30 @@ impl TakeUserfaultfd for Tracer {
 }
 
 /// Has a tree close userfaultfds that a tracer of ours has left in it: CRIU could not dump it with them.
+/// Only a process of which it is recorded that one was at work is looked at.
 pub(crate) fn close_leftovers(tree: &ProcessTree) {
-    let before = leftovers(tree);
-    if before.is_empty() {
-        return;
+    let marked: Vec<i32> = marked()
+        .into_iter()
+        .filter(|pid| tree.pids().contains(pid))
+        .collect();
+    let before = leftovers(&marked);
+    if !before.is_empty() {
+        thread::sleep(USELESS);
+        close(&before, &leftovers(&marked));
     }
-    thread::sleep(USELESS);
+    let left = leftovers(&marked);
+    for pid in marked {
+        let clean = left.iter().all(|(other, _)| *other != pid);
+        if let Some(mark) = mark(pid).filter(|_| clean) {
+            let _ = fs::remove_file(mark);
+        }
+    }
+}
+
+/// Those that were there before and are now.
+fn close(before: &BTreeSet<(i32, Leftover)>, now: &BTreeSet<(i32, Leftover)>) {
     let mut tracer = Tracer::default();
-    for (pid, what) in leftovers(tree).intersection(&before) {
+    for (pid, what) in now.intersection(before) {
         match tracer.close(*pid, CLOSE, *what) {
             Ok(()) => warn!(
                 pid,
@@ -136,7 +166,34 @@ pub(crate) fn close_leftovers(tree: &ProcessTree) {
     }
 }
 
-fn leftovers(tree: &ProcessTree) -> BTreeSet<(i32, Leftover)> {
+/// The record that a process may have a userfaultfd of ours; `None` if there is no such process. It is
+/// there from before one is made until it is known to be gone.
+fn mark(pid: i32) -> Option<PathBuf> {
+    // Numbers come again.
+    let began = process::began(pid)?;
+    Some(Path::new(STATE).join(format!("{MARK}{pid}-{began}")))
+}
+
+/// The processes with a record. Those of processes that have ended are removed.
+fn marked() -> Vec<i32> {
+    let mut pids = Vec::new();
+    for entry in fs::read_dir(STATE).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let text = name.to_str().and_then(|name| name.strip_prefix(MARK));
+        let Some((pid, _)) = text.and_then(|text| text.split_once('-')) else {
+            continue;
+        };
+        let pid = pid.parse().unwrap_or(0);
+        if mark(pid).is_some_and(|mark| mark == entry.path()) {
+            pids.push(pid);
+        } else {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+    pids
+}
+
+fn leftovers(pids: &[i32]) -> BTreeSet<(i32, Leftover)> {
     let of = |pid: i32| {
         // One that has ended has none.
         let found: io::Result<Vec<Leftover>> = leftover::of(pid);
@@ -145,5 +202,5 @@ fn leftovers(tree: &ProcessTree) -> BTreeSet<(i32, Leftover)> {
             .into_iter()
             .map(move |what| (pid, what))
     };
-    tree.pids().into_iter().flat_map(of).collect()
+    pids.iter().copied().flat_map(of).collect()
 }

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use haulier::checkpoint::{self, HOLD_AT, HOLD_UNTIL};
+use haulier::directories::STATE;
 use haulier::tracer::{HOLDING, SIDE};
 use haulier_lab::workloads::{RedisClient, start_redis};
 use haulier_lab::{Process, Signal};
@@ -126,12 +127,18 @@ fn what_an_earlier_tracer_has_left_is_closed_and_what_is_the_programs_own_is_not
     let stage = Stage::set(2, HAULIER);
     let server = stage.serve(2);
     let left = with_userfaultfd(&stage, python, "");
+    // As a tracer does before it begins.
+    let record = format!(
+        "mkdir -p {STATE} && : > {STATE}/.tracing-{left}-$(cut -d ' ' -f 22 /proc/{left}/stat)"
+    );
+    stage.host(1).shell(&record).unwrap().success();
     let moved = stage.migrate(1, left, 2, &[]);
     let words = "which was killed, had left";
     assert!(moved.stderr.contains(words), "{moved:?}");
     moved.success();
-    // Asked for its interface; and one that others may inherit.
+    // It just has one; one that was asked for its interface; and one that others may inherit.
     for then in [
+        "pass",
         "fcntl.ioctl(made, 0xc018aa3f, bytearray(struct.pack('QQQ', 0xaa, 0, 0)))",
         "os.set_inheritable(made, True)",
     ] {
