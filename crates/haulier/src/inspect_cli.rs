@@ -74,13 +74,13 @@ fn write(out: &mut dyn Write, path: &Path, inspected: &Inspected) -> io::Result<
     let run = run.map_or_else(String::new, |id| format!(", dumped by run {}", plain(id)));
     writeln!(out, "format      {format}{version}{run}")?;
     let pages = |image: &&ImageSize| image.name.starts_with("pages-");
-    let sum = |images: &mut dyn Iterator<Item = &ImageSize>| images.map(|i| i.bytes).sum::<u64>();
+    let bytes = |image: &ImageSize| image.bytes;
     writeln!(
         out,
         "images      {}, {}, of which memory {}",
         dump.images.len(),
-        size(sum(&mut dump.images.iter())),
-        size(sum(&mut dump.images.iter().filter(pages)))
+        size(sum(dump.images.iter().map(bytes))),
+        size(sum(dump.images.iter().filter(pages).map(bytes)))
     )?;
     if !dump.shared_memory.is_empty() {
         let bytes = dump.shared_memory.iter().map(|shared| shared.in_images);
@@ -88,7 +88,7 @@ fn write(out: &mut dyn Write, path: &Path, inspected: &Inspected) -> io::Result<
             out,
             "shared      {} pieces of memory, {} in the images",
             dump.shared_memory.len(),
-            size(bytes.sum())
+            size(sum(bytes))
         )?;
     }
     let namespaces = dump.namespaces.iter();
@@ -117,7 +117,7 @@ fn write(out: &mut dyn Write, path: &Path, inspected: &Inspected) -> io::Result<
 fn write_tasks(out: &mut dyn Write, tasks: &[InspectedTask]) -> io::Result<()> {
     let all = |of: fn(&haulier_criu::inspect::TaskMemory) -> u64| {
         let memory = tasks.iter().filter_map(|task| task.memory.as_ref());
-        memory.map(of).fold(0_u64, u64::saturating_add)
+        sum(memory.map(of))
     };
     // Rarely there, and then worth a column.
     let at_source = all(|memory| memory.left_at_source) > 0;
@@ -253,6 +253,11 @@ fn write_table(out: &mut dyn Write, rows: &[Vec<String>], to_the_left: &[usize])
         writeln!(out, "{}", line.trim_end())?;
     }
     Ok(())
+}
+
+/// Of numbers that somebody may have made up.
+fn sum(numbers: impl Iterator<Item = u64>) -> u64 {
+    numbers.fold(0, u64::saturating_add)
 }
 
 fn size(bytes: u64) -> String {

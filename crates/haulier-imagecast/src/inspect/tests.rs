@@ -2,6 +2,8 @@ use std::fs::File;
 use std::io::{Cursor, Write};
 use std::time::Duration;
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::cache;
 use crate::inventory::example;
@@ -170,4 +172,30 @@ fn a_dump_goes_from_cache_to_cache_as_a_stream() {
     let why = cache::save_to(&to, Some(99), &mut none, &wait()).unwrap_err();
     assert!(why.to_string().contains("no complete snapshot"), "{why}");
     assert!(none.is_empty());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+    #[test]
+    fn damaged_archives_are_errors_or_dumps(
+        damage in proptest::collection::vec((0..8192_usize, any::<u8>()), 1..12),
+        length in 0..8192_usize,
+    ) {
+        let home = tempfile::tempdir().unwrap();
+        let mut whole = tar::Builder::new(Vec::new());
+        let plain = home.path().join("plain");
+        write_dump(&plain, 1);
+        whole.append_dir_all(".", &plain).unwrap();
+        let mut bytes = whole.into_inner().unwrap();
+        for (place, byte) in damage {
+            if let Some(damaged) = bytes.get_mut(place) {
+                *damaged = byte;
+            }
+        }
+        let file = home.path().join("damaged.tar");
+        fs::write(&file, &bytes).unwrap();
+        let _ = look(&file, None);
+        fs::write(&file, &bytes[..length.min(bytes.len())]).unwrap();
+        let _ = look(&file, None);
+    }
 }
