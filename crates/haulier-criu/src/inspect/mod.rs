@@ -54,7 +54,7 @@ pub enum InspectError {
 pub struct Dump {
     /// What is known of the CRIU that wrote it.
     pub criu: Writer,
-    /// Its tasks, parents first.
+    /// Its tasks, parents first; none of a pre-dump.
     pub tasks: Vec<InspectedTask>,
     /// Shared memory whose contents are in the images.
     pub shared_memory: Vec<SharedMemory>,
@@ -199,19 +199,23 @@ pub fn inspect(source: &mut dyn ImageSource) -> Result<Dump, InspectError> {
         run_id: inventory.run_id.as_deref().map(text),
         wide_page_counts: None,
     };
-    let mut pstree = images
-        .open("pstree.img", ImageKind::Pstree)?
-        .ok_or(InspectError::NoDump("pstree.img"))?;
+    let mut pstree = images.open("pstree.img", ImageKind::Pstree)?;
+    if pstree.is_none() && !criu.pre_dump {
+        return Err(InspectError::NoDump("pstree.img"));
+    }
     let files = Files::read(&mut images)?;
     let mut tasks = Vec::new();
     let mut known = BTreeSet::new();
-    while let Some(entry) = pstree.next::<PstreeEntry>()? {
+    // A pre-dump has none: its tasks cannot be told.
+    while let Some(pstree) = &mut pstree {
+        let Some(entry) = pstree.next::<PstreeEntry>()? else {
+            break;
+        };
         images.count(1 + entry.threads.len())?;
         // Each has images of its own: no two read the same.
         if !known.insert(entry.pid) {
-            return Err(pstree
-                .invalid(format!("task {} is in it twice", entry.pid))
-                .into());
+            let why = format!("task {} is in it twice", entry.pid);
+            return Err(pstree.invalid(why).into());
         }
         let per_id = inventory.fdinfo_per_id.unwrap_or(false);
         tasks.push(task(entry, per_id, &files, &mut images, &mut criu)?);

@@ -364,6 +364,20 @@ fn what_is_no_whole_dump_is_refused() {
 }
 
 #[test]
+fn a_pre_dump_is_said_to_be_one() {
+    let mut made = Made::default();
+    let inventory = InventoryEntry {
+        image_format: 2,
+        pre_dump_mode: Some(0),
+        ..Default::default()
+    };
+    let inventory = [inventory.encode_to_vec()];
+    made.add("inventory.img", ImageKind::Inventory, &inventory);
+    let dump = made.inspect().unwrap();
+    assert!(dump.criu.pre_dump && dump.tasks.is_empty());
+}
+
+#[test]
 fn a_hostile_size_is_refused_before_anything_is_read() {
     struct Huge;
     impl ImageSource for Huge {
