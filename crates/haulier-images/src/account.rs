@@ -1,5 +1,6 @@
 //! Memory that images and pages sent ahead take at the destination, and its limit.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::ImagesError;
@@ -8,7 +9,7 @@ use crate::error::ImagesError;
 #[derive(Debug)]
 pub struct Account {
     limit: u64,
-    used: AtomicU64,
+    used: Arc<AtomicU64>,
     peak: AtomicU64,
 }
 
@@ -17,7 +18,7 @@ impl Account {
     pub fn new(limit: u64) -> Account {
         Account {
             limit,
-            used: AtomicU64::new(0),
+            used: Arc::default(),
             peak: AtomicU64::new(0),
         }
     }
@@ -30,6 +31,11 @@ impl Account {
     /// Bytes in use.
     pub fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
+    }
+
+    /// The bytes in use, for whoever gives back what was charged without knowing the account.
+    pub fn counter(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.used)
     }
 
     /// The most bytes that were in use at once.

@@ -2,6 +2,10 @@
 
 use std::sync::LazyLock;
 
+mod many;
+
+pub use many::hash_many;
+
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
 
@@ -23,6 +27,40 @@ pub fn hash_unless_zero(page: &[u8]) -> Option<PageHash> {
     } else {
         Some(hash(page))
     }
+}
+
+/// The hashes of pages that are one behind the other. Faster than one by one.
+pub fn hash_all(pages: &[u8]) -> Vec<PageHash> {
+    let pages: Vec<_> = each(pages).collect();
+    let mut hashes = Vec::with_capacity(pages.len());
+    hash_many(&pages, &mut hashes);
+    hashes
+}
+
+/// Pages one by one; what is not a whole page at the end is left out.
+pub fn each(pages: &[u8]) -> impl Iterator<Item = &[u8; PAGE]> {
+    let pages = pages.chunks_exact(PAGE);
+    pages.filter_map(|page| page.first_chunk())
+}
+
+/// The hashes of pages, one behind the other, or `None` for those that are all zero. Faster than one
+/// by one.
+pub fn hash_all_unless_zero(pages: &[u8]) -> Vec<Option<PageHash>> {
+    let mut all = Vec::with_capacity(pages.len() / PAGE);
+    let mut wanted = Vec::with_capacity(pages.len() / PAGE);
+    for page in each(pages) {
+        let zero = is_zero(page);
+        all.push((!zero).then_some([0; 32]));
+        if !zero {
+            wanted.push(page);
+        }
+    }
+    let mut hashes = Vec::with_capacity(wanted.len());
+    hash_many(&wanted, &mut hashes);
+    for (place, hash) in all.iter_mut().flatten().zip(hashes) {
+        *place = hash;
+    }
+    all
 }
 
 fn is_zero(page: &[u8]) -> bool {
@@ -98,6 +136,28 @@ mod tests {
             page[place] = 1;
             assert_eq!(hash_unless_zero(&page), Some(hash(&page)));
         }
+    }
+
+    #[test]
+    fn many_pages_have_the_hashes_that_each_has() {
+        for count in [0, 1, 3, 8, 15, 16, 17, 50] {
+            let mut pages = vec![0; count * PAGE];
+            for (place, byte) in pages.iter_mut().enumerate() {
+                *byte = (place * 7 + place / 251 + place / PAGE) as u8;
+            }
+            let single: Vec<PageHash> = pages.chunks_exact(PAGE).map(hash).collect();
+            assert_eq!(hash_all(&pages), single);
+        }
+    }
+
+    #[test]
+    fn zero_pages_among_others_have_no_hash() {
+        let mut pages = vec![0; 40 * PAGE];
+        for number in (0..40).filter(|number| number % 3 != 0) {
+            pages[number * PAGE + number] = 1;
+        }
+        let single: Vec<_> = pages.chunks_exact(PAGE).map(hash_unless_zero).collect();
+        assert_eq!(hash_all_unless_zero(&pages), single);
     }
 
     #[test]

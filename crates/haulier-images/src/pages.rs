@@ -125,10 +125,7 @@ impl Worker {
 fn read(image: &Image, offset: u64, length: usize, mut data: Vec<u8>) -> io::Result<Chunk> {
     data.resize(length, 0);
     image.file.read_exact_at(&mut data, offset)?;
-    let hashes = data
-        .chunks_exact(PAGE)
-        .map(page::hash_unless_zero)
-        .collect();
+    let hashes = page::hash_all_unless_zero(&data);
     Ok(Chunk { data, hashes })
 }
 

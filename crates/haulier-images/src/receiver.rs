@@ -276,8 +276,8 @@ impl Incoming {
                 Run::Literal { .. } => {
                     // The decoder has checked that they are there.
                     let (data, rest) = literal.split_at(bytes as usize);
-                    for page in data.chunks_exact(PAGE) {
-                        self.hash(&page::hash(page));
+                    for hash in page::hash_all(data) {
+                        self.hash(&hash);
                     }
                     self.write(data)?;
                     literal = rest;

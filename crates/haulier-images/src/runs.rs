@@ -19,7 +19,8 @@ pub const PAGED: u32 = 1 << 31;
 /// run of its own.
 pub const FRAME_PAGES: usize = 240;
 
-const RUN_BYTES: usize = 8;
+/// Bytes of a run in front of the literal pages.
+pub const RUN_BYTES: usize = 8;
 const COUNT_BITS: u32 = 30;
 /// Most pages of a run.
 const MOST_PAGES: u32 = (1 << COUNT_BITS) - 1;
@@ -128,6 +129,16 @@ pub fn encode(image: u32, runs: &[Run]) -> Vec<u8> {
 /// # Errors
 /// What is wrong with it.
 pub fn decode(body: &[u8]) -> Result<(Vec<Run>, &[u8]), String> {
+    let (runs, literal) = decode_table(body)?;
+    check_literal(&runs, literal.len())?;
+    Ok((runs, literal))
+}
+
+/// The runs of a body, which begins behind the image number, and what follows them.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn decode_table(body: &[u8]) -> Result<(Vec<Run>, &[u8]), String> {
     let Some((count, rest)) = body.split_first_chunk::<4>() else {
         return Err("page runs without their number".to_owned());
     };
@@ -140,23 +151,29 @@ pub fn decode(body: &[u8]) -> Result<(Vec<Run>, &[u8]), String> {
         return Err(format!("{count} page runs in {} bytes", rest.len()));
     };
     let mut runs = Vec::with_capacity(count);
-    let mut wanted = 0_u64;
     for bytes in table.chunks_exact(RUN_BYTES) {
         let mut run = [0; RUN_BYTES];
         run.copy_from_slice(bytes);
-        let run = Run::decode(run)?;
-        if let Run::Literal { pages } = run {
-            wanted += u64::from(pages) * PAGE as u64;
-        }
-        runs.push(run);
-    }
-    if wanted != literal.len() as u64 {
-        return Err(format!(
-            "{} bytes for pages that have {wanted}",
-            literal.len()
-        ));
+        runs.push(Run::decode(run)?);
     }
     Ok((runs, literal))
+}
+
+/// Whether `bytes` bytes are what the literal runs ask for.
+///
+/// # Errors
+/// What is wrong.
+pub fn check_literal(runs: &[Run], bytes: usize) -> Result<(), String> {
+    let pages = runs.iter().map(|run| match run {
+        Run::Literal { pages } => u64::from(*pages),
+        _ => 0,
+    });
+    let wanted = pages.sum::<u64>() * PAGE as u64;
+    if wanted == bytes as u64 {
+        Ok(())
+    } else {
+        Err(format!("{bytes} bytes for pages that have {wanted}"))
+    }
 }
 
 #[cfg(test)]

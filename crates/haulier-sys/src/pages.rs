@@ -36,7 +36,17 @@ pub struct PagePool {
 #[derive(Debug)]
 struct Inner {
     used: Arc<AtomicU64>,
+    backing: Backing,
     arenas: Mutex<Arenas>,
+}
+
+/// What the kernel is asked for.
+#[derive(Debug, Clone, Copy)]
+enum Backing {
+    /// A huge page for each arena.
+    Huge,
+    /// Small pages, all of an arena at once.
+    Small,
 }
 
 /// All arenas, and which of their pages are free.
@@ -48,6 +58,8 @@ struct Arenas {
     partial: BTreeSet<usize>,
     /// How many of them have no used page.
     warm: usize,
+    /// Free pages of all.
+    free_pages: usize,
 }
 
 #[derive(Debug)]
@@ -62,9 +74,24 @@ impl PagePool {
     /// An empty pool. The bytes of each page that becomes free are subtracted from `used`; to add
     /// those of pages that are taken is up to the caller, who knows the limit.
     pub fn new(used: Arc<AtomicU64>) -> Self {
+        Self::with(used, Backing::Huge)
+    }
+
+    /// The same without huge pages: for what is about to be written from one end to the other. Where
+    /// free memory is often given back to the host of a virtual machine, small pages are found warm and
+    /// huge ones are not.
+    pub fn of_small_pages(used: Arc<AtomicU64>) -> Self {
+        Self::with(used, Backing::Small)
+    }
+
+    fn with(used: Arc<AtomicU64>, backing: Backing) -> Self {
         let arenas = Mutex::default();
         Self {
-            inner: Arc::new(Inner { used, arenas }),
+            inner: Arc::new(Inner {
+                used,
+                backing,
+                arenas,
+            }),
         }
     }
 
@@ -82,7 +109,7 @@ impl PagePool {
         while missing > 0 {
             let index = match arenas.partial.first() {
                 Some(index) => *index,
-                None => match Arena::map() {
+                None => match Arena::map(self.inner.backing) {
                     Ok(arena) => arenas.add(arena),
                     Err(error) => {
                         // The runs are freed without the lock, which they need.
@@ -104,6 +131,11 @@ impl PagePool {
             }));
         }
         Ok(runs)
+    }
+
+    /// Bytes of pages that the pool has from the kernel and that nobody uses.
+    pub fn idle(&self) -> u64 {
+        (self.inner.lock().free_pages * PAGE_BYTES) as u64
     }
 
     /// Bytes that the pool has from the kernel, free pages included.
@@ -147,6 +179,7 @@ impl Arenas {
         };
         self.partial.insert(index);
         self.warm += 1;
+        self.free_pages += ARENA_PAGES;
         index
     }
 
@@ -169,6 +202,7 @@ impl Arenas {
             slot.free[page / 64] &= !(1 << (page % 64));
         }
         slot.free_pages -= end - first;
+        self.free_pages -= end - first;
         if slot.free_pages == 0 {
             self.partial.remove(&index);
         }
@@ -179,6 +213,7 @@ impl Arenas {
     fn give_back(&mut self, index: usize, pages: Range<usize>) -> Option<Slot> {
         let slot = self.slots[index].as_mut()?;
         slot.free_pages += pages.len();
+        self.free_pages += pages.len();
         for page in pages {
             slot.free[page / 64] |= 1 << (page % 64);
         }
@@ -191,6 +226,7 @@ impl Arenas {
             return None;
         }
         self.partial.remove(&index);
+        self.free_pages -= ARENA_PAGES;
         self.vacant.push(index);
         self.slots[index].take()
     }
@@ -209,7 +245,7 @@ unsafe impl Send for Arena {}
 unsafe impl Sync for Arena {}
 
 impl Arena {
-    fn map() -> io::Result<Self> {
+    fn map(backing: Backing) -> io::Result<Self> {
         let twice = 2 * ARENA_BYTES;
         let flags = MapFlags::PRIVATE;
         let prot = ProtFlags::READ | ProtFlags::WRITE;
@@ -226,8 +262,12 @@ impl Arena {
         // SAFETY: the rest of the mapping just made, to which no reference exists.
         let _ = unsafe { rustix::mm::munmap(end, ARENA_BYTES - before) };
         // Only a wish: without huge pages all works, slower.
+        let advice = match backing {
+            Backing::Huge => Advice::LinuxHugepage,
+            Backing::Small => Advice::LinuxPopulateWrite,
+        };
         // SAFETY: inside the mapping just made; the advice changes no contents.
-        let _ = unsafe { rustix::mm::madvise(base, ARENA_BYTES, Advice::LinuxHugepage) };
+        let _ = unsafe { rustix::mm::madvise(base, ARENA_BYTES, advice) };
         let base = NonNull::new(base.cast::<u8>())
             .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
         Ok(Self {
@@ -345,6 +385,19 @@ impl Pages {
         self.count = count as u16;
         rest
     }
+
+    /// Takes `next` in if it goes on where these end, else gives it back.
+    pub fn join(&mut self, mut next: Pages) -> Option<Pages> {
+        let goes_on =
+            Arc::ptr_eq(&self.arena, &next.arena) && next.first == self.first + self.count;
+        if !goes_on {
+            return Some(next);
+        }
+        self.count += next.count;
+        // Its pages have the same holder now.
+        next.count = 0;
+        None
+    }
 }
 
 impl Clone for Pages {
@@ -397,97 +450,4 @@ impl fmt::Debug for Pages {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn pool() -> (PagePool, Arc<AtomicU64>) {
-        let used = Arc::new(AtomicU64::new(0));
-        (PagePool::new(used.clone()), used)
-    }
-
-    fn take(pool: &PagePool, used: &AtomicU64, count: usize) -> Vec<PagesMut> {
-        used.fetch_add((count * PAGE_BYTES) as u64, Ordering::Relaxed);
-        pool.take(count).unwrap()
-    }
-
-    fn pages(used: &AtomicU64) -> u64 {
-        used.load(Ordering::Relaxed) / PAGE_BYTES as u64
-    }
-
-    #[test]
-    fn a_page_is_free_when_its_last_holder_is_gone() {
-        let (pool, used) = pool();
-        let mut run = take(&pool, &used, 10).pop().unwrap();
-        for (number, page) in run.chunks_exact_mut(PAGE_BYTES).enumerate() {
-            page.fill(number as u8);
-        }
-        let mut front = run.freeze();
-        let middle = front.share(3..6);
-        let back = front.split_off(5);
-        drop(front);
-        assert_eq!(pages(&used), 7, "pages 0, 1 and 2 are free");
-        assert_eq!((middle[0], middle[2 * PAGE_BYTES]), (3, 5));
-        drop(back);
-        assert_eq!(pages(&used), 3);
-        assert_eq!((middle[0], middle[2 * PAGE_BYTES]), (3, 5));
-        let again = take(&pool, &used, 7);
-        let counts: Vec<usize> = again.iter().map(|run| run.len() / PAGE_BYTES).collect();
-        assert_eq!(counts, [3, 4], "free pages are used before fresh ones");
-        drop((middle, again));
-        assert_eq!(pages(&used), 0);
-    }
-
-    #[test]
-    fn holes_are_used_before_memory_is_mapped() {
-        let (pool, used) = pool();
-        let all: Vec<Pages> = (0..4 * ARENA_PAGES)
-            .map(|_| take(&pool, &used, 1).remove(0).freeze())
-            .collect();
-        let mapped = pool.mapped();
-        assert_eq!(mapped, 4 * ARENA_BYTES as u64);
-        let mut kept = Vec::new();
-        for (number, page) in all.into_iter().enumerate() {
-            if number % 2 == 0 {
-                kept.push(page);
-            }
-        }
-        let refilled = take(&pool, &used, 2 * ARENA_PAGES);
-        assert_eq!(refilled.len(), 2 * ARENA_PAGES, "each page is a hole");
-        assert_eq!(pool.mapped(), mapped);
-    }
-
-    #[test]
-    fn arenas_go_back_to_the_kernel_except_for_some() {
-        let (pool, used) = pool();
-        let runs = take(&pool, &used, 20 * ARENA_PAGES + 5);
-        assert_eq!(runs.len(), 21);
-        drop(runs);
-        assert_eq!(pages(&used), 0);
-        assert_eq!(pool.mapped(), (WARM * ARENA_BYTES) as u64);
-        assert_eq!(take(&pool, &used, 2 * ARENA_PAGES).len(), 2);
-    }
-
-    #[test]
-    fn threads_share_and_drop_without_losing_a_page() {
-        let (pool, used) = pool();
-        std::thread::scope(|scope| {
-            for seed in 0..4_u8 {
-                let (pool, used) = (&pool, &used);
-                scope.spawn(move || {
-                    for turn in 0..200_u8 {
-                        let mut run = take(pool, used, 100);
-                        run.iter_mut().for_each(|run| run.fill(seed ^ turn));
-                        let run: Vec<Pages> = run.into_iter().map(PagesMut::freeze).collect();
-                        let shared = run.clone();
-                        let other = std::thread::spawn(move || drop(run));
-                        let whole = |pages: &Pages| pages.iter().all(|byte| *byte == seed ^ turn);
-                        assert!(shared.iter().all(whole));
-                        drop(shared);
-                        other.join().unwrap();
-                    }
-                });
-            }
-        });
-        assert_eq!(pages(&used), 0);
-    }
-}
+mod tests;
