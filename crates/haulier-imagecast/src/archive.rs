@@ -372,14 +372,13 @@ impl Read for ImageReader<'_> {
                 return Ok(0);
             };
             let left = (piece.len() - self.offset as u64).min(buffer.len() as u64) as usize;
-            let count = match piece {
-                Piece::Zero { .. } => {
+            let count = match piece.read()? {
+                None => {
                     let count = left.min(ZEROS.len());
                     buffer[..count].copy_from_slice(&ZEROS[..count]);
                     count
                 }
-                Piece::Data(blob) => {
-                    let bytes = blob.read()?;
+                Some(bytes) => {
                     buffer[..left].copy_from_slice(&bytes[self.offset..self.offset + left]);
                     left
                 }

@@ -2,12 +2,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::thread;
 
 use haulier_criu::skeleton::LeftBehind;
 use haulier_images::name::ImageName;
 use haulier_images::page::{self, PAGE, PagesHasher, ZERO_HASH};
-use haulier_images::runs::FRAME_PAGES;
 use haulier_sys::wait::Cancel;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -17,11 +17,12 @@ use crate::desk::{Desk, DumpFailed, Ticket};
 use crate::fetch::Fetcher;
 use crate::inventory;
 use crate::outbox::Item;
+use crate::shelf::{Bytes, CHUNK, Shelf};
 use crate::store::INVENTORY;
 use crate::stream::{Connection, Incoming, StreamError};
 
-/// Bytes read at a time: what fits a frame.
-const CHUNK: usize = FRAME_PAGES * PAGE;
+/// Of less than that a copy is kept, not the whole buffer it came in.
+const SMALL: usize = CHUNK / 4;
 /// What a pipe of pages should hold.
 const PIPE_SIZE: usize = 1 << 20;
 /// Most images that CRIU may have open at once.
@@ -77,7 +78,6 @@ pub(crate) fn capture(
         desk,
         fetcher,
         images: Vec::new(),
-        buffer: vec![0; CHUNK],
         count: 0,
         bytes: 0,
         inventory: false,
@@ -102,6 +102,8 @@ pub(crate) fn capture(
             dump.taken = true;
         }
     }
+    // Until the next one the memory may be of use to others.
+    desk.shelf().clear();
     Ok(())
 }
 
@@ -112,7 +114,6 @@ struct Capture<'a> {
     /// For what the dump leaves behind.
     fetcher: Option<&'a Fetcher>,
     images: Vec<Taking>,
-    buffer: Vec<u8>,
     count: u64,
     bytes: u64,
     inventory: bool,
@@ -239,24 +240,20 @@ impl Capture<'_> {
                 continue;
             }
             image.ready = false;
-            let count = match rustix::io::read(&image.pipe, &mut self.buffer[..]) {
-                Ok(count) => count,
-                Err(Errno::AGAIN | Errno::INTR) => {
-                    index += 1;
-                    continue;
-                }
-                Err(errno) => {
-                    return Err(CaptureError::Pipe {
-                        name: image.name.clone(),
-                        source: errno.into(),
-                    });
+            let shelf = self.desk.shelf();
+            let mut buffer = shelf.take();
+            let (count, end) = match image.fill(&mut buffer) {
+                Ok(filled) => filled,
+                Err(source) => {
+                    let name = image.name.clone();
+                    return Err(CaptureError::Pipe { name, source });
                 }
             };
             let (number, dump) = (image.number, self.ticket.dump);
-            if count > 0 {
-                if let Some(item) = image.take(&self.buffer[..count]) {
-                    self.desk.push(dump, number, item)?;
-                }
+            if let Some(item) = image.take(buffer, count, shelf) {
+                self.desk.push(dump, number, item)?;
+            }
+            if !end {
                 index += 1;
                 continue;
             }
@@ -310,43 +307,61 @@ fn task_of(name: &ImageName) -> Option<u32> {
 }
 
 impl Taking {
-    /// What is to be sent now that these bytes have come.
-    fn take(&mut self, bytes: &[u8]) -> Option<Item> {
-        self.length += bytes.len() as u64;
+    /// Reads what there is, up to the length of the buffer, behind what is left from before. How many
+    /// bytes that are, and whether no more will come.
+    fn fill(&mut self, buffer: &mut [u8]) -> io::Result<(usize, bool)> {
+        let mut filled = 0;
+        if let Form::Pages(_, rest) = &mut self.form {
+            filled = rest.len();
+            buffer[..filled].copy_from_slice(rest);
+            rest.clear();
+        }
+        while filled < buffer.len() {
+            match rustix::io::read(&self.pipe, &mut buffer[filled..]) {
+                Ok(0) => return Ok((filled, true)),
+                Ok(count) => {
+                    filled += count;
+                    self.length += count as u64;
+                }
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok((filled, false))
+    }
+
+    /// What is to be sent now that these bytes have come, if anything.
+    fn take(&mut self, buffer: Vec<u8>, count: usize, shelf: &Arc<Shelf>) -> Option<Item> {
+        let bytes = &buffer[..count];
         match &mut self.form {
             Form::Plain(hasher) => {
                 hasher.update(bytes);
-                Some(Item::Plain(bytes.to_vec()))
             }
             Form::Inventory(hasher, seen) => {
                 hasher.update(bytes);
                 let room = inventory::LONGEST.saturating_sub(seen.len());
                 seen.extend_from_slice(&bytes[..bytes.len().min(room)]);
-                Some(Item::Plain(bytes.to_vec()))
             }
             Form::Pagemap(hasher, _, pagemap) => {
                 hasher.update(bytes);
                 if pagemap.len() + bytes.len() <= LONGEST_PAGEMAP {
                     pagemap.extend_from_slice(bytes);
                 }
-                Some(Item::Plain(bytes.to_vec()))
             }
             Form::Pages(hasher, rest) => {
-                let mut data = std::mem::take(rest);
-                data.extend_from_slice(bytes);
-                let whole = data.len() / PAGE * PAGE;
-                *rest = data[whole..].to_vec();
-                data.truncate(whole);
-                let hashes: Vec<_> = data
-                    .chunks_exact(PAGE)
-                    .map(page::hash_unless_zero)
-                    .collect();
+                let (pages, left) = bytes.split_at(count / PAGE * PAGE);
+                rest.extend_from_slice(left);
+                let hashes = page::hash_all_unless_zero(pages);
                 for hash in &hashes {
                     hasher.update(hash.as_ref().unwrap_or(&ZERO_HASH));
                 }
-                (whole > 0).then_some(Item::Pages { data, hashes })
+                let length = pages.len();
+                let data = keep(buffer, length, shelf)?;
+                return Some(Item::Pages { data, hashes });
             }
         }
+        keep(buffer, count, shelf).map(Item::Plain)
     }
 
     fn end(self) -> Result<Item, CaptureError> {
@@ -368,4 +383,14 @@ impl Taking {
             blake3,
         })
     }
+}
+
+/// The first `length` bytes of a buffer of the shelf; `None` if that is nothing.
+fn keep(buffer: Vec<u8>, length: usize, shelf: &Arc<Shelf>) -> Option<Bytes> {
+    if length >= SMALL {
+        return Some(Bytes::of(shelf, buffer, length));
+    }
+    let copy = buffer[..length].to_vec();
+    shelf.put(buffer);
+    (length > 0).then(|| copy.into())
 }

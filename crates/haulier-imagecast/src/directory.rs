@@ -236,9 +236,9 @@ fn save_image(image: &Image, path: &Path, stop: &Cancel) -> io::Result<()> {
             Next::Pieces(pieces) => {
                 index += pieces.len();
                 for piece in pieces {
-                    match piece {
-                        Piece::Data(blob) => file.write_all(&blob.read()?)?,
-                        Piece::Zero { .. } => {
+                    match piece.read()? {
+                        Some(bytes) => file.write_all(&bytes)?,
+                        None => {
                             file.seek(SeekFrom::Current(piece.len() as i64))?;
                         }
                     }

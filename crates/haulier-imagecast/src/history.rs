@@ -5,11 +5,12 @@
 //! order. Both sides do so from the same frames, so nothing of it is ever sent.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::hash_map::Entry;
+use std::hash::{BuildHasher, Hasher, RandomState};
 
 use haulier_images::page::PageHash;
 
-use crate::store::Blob;
+use crate::store::Piece;
 
 /// Which numbers were used, with their rank among those.
 #[derive(Debug, Default)]
@@ -51,9 +52,7 @@ impl Used {
 /// The sender's side: numbers by contents.
 #[derive(Debug, Default)]
 pub(crate) struct Known {
-    // The standard hasher, although the keys are hashes: who chooses page contents must not choose
-    // buckets.
-    numbers: HashMap<PageHash, u32>,
+    numbers: HashMap<PageHash, u32, Keys>,
     used: Used,
 }
 
@@ -61,14 +60,18 @@ impl Known {
     /// The number of a page that the receiver has, which is used with this; `None` for one that it
     /// does not have, and that has the next number from now on.
     pub(crate) fn refer_or_add(&mut self, hash: &PageHash) -> Option<u32> {
-        if let Some(number) = self.numbers.get(hash) {
-            self.used.mark(*number);
-            return Some(*number);
-        }
         let next = self.numbers.len() as u32;
-        self.numbers.insert(*hash, next);
-        self.used.mark(next);
-        None
+        match self.numbers.entry(*hash) {
+            Entry::Occupied(known) => {
+                self.used.mark(*known.get());
+                Some(*known.get())
+            }
+            Entry::Vacant(new) => {
+                new.insert(next);
+                self.used.mark(next);
+                None
+            }
+        }
     }
 
     /// The snapshot is complete.
@@ -85,15 +88,63 @@ impl Known {
     }
 }
 
+/// Makes the hasher of a map whose keys are hashes already. It still has secrets of its own: who chooses
+/// page contents must not choose buckets.
+#[derive(Debug, Clone)]
+struct Keys(u64, u64);
+
+impl Default for Keys {
+    fn default() -> Keys {
+        // The standard library's secrets are random.
+        let random = RandomState::new();
+        Keys(random.hash_one(1), random.hash_one(2))
+    }
+}
+
+impl BuildHasher for Keys {
+    type Hasher = Folded;
+    fn build_hasher(&self) -> Folded {
+        Folded {
+            keys: self.clone(),
+            sum: 0,
+        }
+    }
+}
+
+/// Half of a hash, folded with the keys.
+struct Folded {
+    keys: Keys,
+    sum: u64,
+}
+
+impl Hasher for Folded {
+    fn write(&mut self, bytes: &[u8]) {
+        // Of a hash 16 bytes do: to find two that have the same of them is out of reach.
+        if let Some(half) = bytes.first_chunk::<16>() {
+            let half = u128::from_le_bytes(*half);
+            let (a, b) = (half as u64 ^ self.keys.0, (half >> 64) as u64 ^ self.keys.1);
+            let product = u128::from(a) * u128::from(b);
+            self.sum = product as u64 ^ (product >> 64) as u64;
+        }
+    }
+
+    // The length of the key, which is always the same.
+    fn write_usize(&mut self, _: usize) {}
+
+    fn finish(&self) -> u64 {
+        self.sum
+    }
+}
+
 /// The receiver's side: contents by number.
 #[derive(Debug, Default)]
 pub(crate) struct Bank {
-    pages: Vec<(PageHash, Arc<Blob>)>,
+    pages: Vec<(PageHash, Piece)>,
     used: Used,
 }
 
 /// What a page counts for in a bank, beside its contents.
-pub(crate) const BANK_COST: u64 = size_of::<(PageHash, Arc<Blob>)>() as u64;
+pub(crate) const BANK_COST: u64 = size_of::<(PageHash, Piece)>() as u64;
 
 impl Bank {
     /// Pages it has.
@@ -102,16 +153,16 @@ impl Bank {
     }
 
     /// A page by its number, which is used with this.
-    pub(crate) fn refer(&mut self, number: u32) -> Option<(PageHash, Arc<Blob>)> {
-        let (hash, blob) = self.pages.get(number as usize)?;
+    pub(crate) fn refer(&mut self, number: u32) -> Option<(PageHash, Piece)> {
+        let (hash, page) = self.pages.get(number as usize)?;
         self.used.mark(number);
-        Some((*hash, Arc::clone(blob)))
+        Some((*hash, page.clone()))
     }
 
     /// Adds a page whose contents came. The sender counts to [`u32::MAX`] pages at most.
-    pub(crate) fn add(&mut self, hash: PageHash, blob: Arc<Blob>) {
+    pub(crate) fn add(&mut self, hash: PageHash, page: Piece) {
         self.used.mark(self.pages.len() as u32);
-        self.pages.push((hash, blob));
+        self.pages.push((hash, page));
     }
 
     /// The snapshot is complete. How many pages were forgotten.
@@ -129,6 +180,8 @@ impl Bank {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -152,14 +205,15 @@ mod tests {
                     match known.refer_or_add(&hash(*page)) {
                         Some(number) => {
                             prop_assert!(had);
-                            let (got, blob) = bank.refer(number).unwrap();
+                            let (got, piece) = bank.refer(number).unwrap();
                             prop_assert_eq!(got, hash(*page));
-                            prop_assert_eq!(&*blob.read().unwrap(), &page.to_le_bytes()[..]);
+                            let contents = piece.read().unwrap().unwrap();
+                            prop_assert_eq!(&*contents, &page.to_le_bytes()[..]);
                         }
                         None => {
                             prop_assert!(!had);
                             let blob = pool.put(&page.to_le_bytes()).unwrap();
-                            bank.add(hash(*page), Arc::new(blob));
+                            bank.add(hash(*page), Piece::Data(Arc::new(blob)));
                         }
                     }
                 }

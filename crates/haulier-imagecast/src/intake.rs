@@ -4,31 +4,28 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use haulier_images::name::ImageName;
-use haulier_images::page::{self, PAGE, PageHash, PagesHasher, ZERO_HASH};
-use haulier_images::runs::{self, PAGED, Run};
 use haulier_proto::frame::Kind;
-use haulier_proto::message::{ImageEnd, ImageHeader, ImagesDone, decode};
+use haulier_proto::message::{ImagesDone, decode};
+use haulier_sys::pages::PagesMut;
 use thiserror::Error;
 
-use crate::compress::{self, COMPRESSED};
 use crate::history::{BANK_COST, Bank};
 use crate::lazy::Lazy;
 use crate::message::session::Body;
 use crate::message::{self, Abort, Begin, Held, Left, Refused, Release};
 use crate::pages::LazyPages;
 use crate::sessions::Outgoing;
-use crate::store::{End, Image, Key, Piece, State, Store, StoreError};
+use crate::store::{Key, State, Store, StoreError};
+use images::Open;
+
+mod images;
+
+pub(crate) use images::PagesAhead;
 
 /// Most snapshots of a session that are not settled.
 const MOST_SNAPSHOTS: usize = 1024;
 /// Snapshots with memory left behind that are remembered, those that are over included.
 const MOST_LAZY: usize = 64;
-/// Most images of a session that are under way.
-const MOST_OPEN: usize = 8192;
-/// What an image under way counts for beside its contents: the state of its hash.
-const OPEN_COST: u64 = 4096;
-/// Most pages that a frame may stand for.
-pub(crate) const MOST_PAGES: u64 = 1024;
 
 /// The peer broke the protocol: the session is over.
 #[derive(Debug, Error)]
@@ -68,36 +65,6 @@ struct Incoming {
     open: usize,
     /// What the proxy was told of it.
     said: Option<Body>,
-}
-
-/// An image under way.
-#[derive(Debug)]
-struct Open {
-    snapshot: u64,
-    name: ImageName,
-    /// `None` if the snapshot was refused: what still comes of it is passed over.
-    wanted: Option<Wanted>,
-}
-
-/// An image that is kept.
-#[derive(Debug)]
-struct Wanted {
-    store: Arc<Store>,
-    image: Arc<Image>,
-    length: u64,
-    hasher: Hasher,
-}
-
-impl Drop for Wanted {
-    fn drop(&mut self) {
-        self.store.pool().release(OPEN_COST);
-    }
-}
-
-#[derive(Debug)]
-enum Hasher {
-    Plain(Box<blake3::Hasher>),
-    Pages(Box<PagesHasher>),
 }
 
 /// Why a frame could not be taken in.
@@ -157,11 +124,16 @@ impl Intake {
         settled.chain(lazy).collect()
     }
 
-    /// Takes a frame in.
-    pub(crate) fn frame(&mut self, kind: Kind, body: &[u8]) -> Result<(), Violation> {
+    /// Takes a frame in, whose body ends with those pages if there are any.
+    pub(crate) fn frame(
+        &mut self,
+        kind: Kind,
+        body: &[u8],
+        pages: Vec<PagesMut>,
+    ) -> Result<(), Violation> {
         self.received += 1;
         let taken = match kind {
-            Kind::ImageData => self.data(body),
+            Kind::ImageData => self.data(body, pages),
             Kind::LazyPages => self.pages(body),
             Kind::ImageHeader => part(kind, body).and_then(|header| self.header(&header)),
             Kind::ImageEnd => part(kind, body).and_then(|end| self.end(&end)),
@@ -250,126 +222,6 @@ impl Intake {
         self.snapshots.insert(begin.snapshot, incoming);
         if let Some(why) = refusal {
             self.refuse(begin.snapshot, &why);
-        }
-        Ok(())
-    }
-
-    fn header(&mut self, header: &ImageHeader) -> Result<(), Trouble> {
-        let name = ImageName::new(&header.name).map_err(|e| violation(e.to_string()))?;
-        if header.number & (PAGED | COMPRESSED) != 0 || self.images.contains_key(&header.number) {
-            return Err(violation(format!("image number {}", header.number)));
-        }
-        if self.images.len() >= MOST_OPEN {
-            return Err(violation("too many images at once"));
-        }
-        let snapshot = self.unfinished(header.snapshot)?;
-        snapshot.images += 1;
-        snapshot.open += 1;
-        let wanted = snapshot.said.is_none();
-        let key = snapshot.key.clone();
-        let mut open = Open {
-            snapshot: header.snapshot,
-            name,
-            wanted: None,
-        };
-        if wanted {
-            match self.want(&key, &open.name) {
-                Ok(wanted) => open.wanted = Some(wanted),
-                Err(error) => self.refuse(header.snapshot, &error.to_string()),
-            }
-        }
-        self.images.insert(header.number, open);
-        Ok(())
-    }
-
-    fn want(&self, key: &Key, name: &ImageName) -> Result<Wanted, StoreError> {
-        self.store.pool().charge(OPEN_COST)?;
-        let hasher = if name.is_of_pages() {
-            Hasher::Pages(Box::default())
-        } else {
-            Hasher::Plain(Box::default())
-        };
-        // Made first: it gives the charge back.
-        let mut wanted = Wanted {
-            store: Arc::clone(&self.store),
-            image: Arc::new(Image::new(self.store.pool())),
-            length: 0,
-            hasher,
-        };
-        wanted.image = self.store.add(key, name)?;
-        Ok(wanted)
-    }
-
-    fn data(&mut self, body: &[u8]) -> Result<(), Trouble> {
-        let Some((number, data)) = body.split_first_chunk::<4>() else {
-            return Err(violation("image data without a number"));
-        };
-        let number = u32::from_le_bytes(*number);
-        let Some(open) = self.images.get_mut(&(number & !(PAGED | COMPRESSED))) else {
-            return Err(violation(format!("data for image {number:#x}")));
-        };
-        let snapshot = open.snapshot;
-        let Some(wanted) = &mut open.wanted else {
-            return Ok(());
-        };
-        let decompressed;
-        let data = if number & COMPRESSED != 0 {
-            decompressed = compress::decompress(data).map_err(violation)?;
-            &decompressed[..]
-        } else {
-            data
-        };
-        let paged = number & PAGED != 0;
-        let taken = match (paged, &mut wanted.hasher) {
-            (false, Hasher::Plain(hasher)) => {
-                hasher.update(data);
-                self.store.put(data).map_err(Trouble::from).map(|blob| {
-                    if data.is_empty() {
-                        Vec::new()
-                    } else {
-                        vec![Piece::Data(blob)]
-                    }
-                })
-            }
-            (true, Hasher::Pages(hasher)) => {
-                let target = &self.snapshots[&snapshot].key.target;
-                let bank = self.banks.entry(target.clone()).or_default();
-                pages(data, hasher, bank, &self.store)
-            }
-            _ => Err(violation(format!(
-                "data of the wrong form for {}",
-                open.name
-            ))),
-        };
-        let taken = taken.and_then(|pieces| {
-            wanted.length += pieces.iter().map(Piece::len).sum::<u64>();
-            Ok(self.store.push(&wanted.image, pieces)?)
-        });
-        self.or_refuse(snapshot, taken)
-    }
-
-    fn end(&mut self, end: &ImageEnd) -> Result<(), Trouble> {
-        let Some(open) = self.images.remove(&end.number) else {
-            return Err(violation(format!("end of image {}", end.number)));
-        };
-        let snapshot = self.snapshot(open.snapshot)?;
-        snapshot.open -= 1;
-        let Some(wanted) = &open.wanted else {
-            return Ok(());
-        };
-        let hash = match &wanted.hasher {
-            Hasher::Plain(hasher) => *hasher.finalize().as_bytes(),
-            Hasher::Pages(hasher) => hasher.finalize(),
-        };
-        if wanted.length == end.length && hash[..] == end.blake3 {
-            snapshot.bytes += wanted.length;
-            wanted.image.finish(End::Complete);
-        } else {
-            wanted.image.finish(End::Failed);
-            self.refuse(
-                open.snapshot,
-                &format!("{} was damaged on the way", open.name),
-            );
         }
         Ok(())
     }
@@ -541,55 +393,6 @@ impl Drop for Intake {
     fn drop(&mut self) {
         self.drop_banks();
     }
-}
-
-/// Takes in the pages of a frame.
-fn pages(
-    body: &[u8],
-    hasher: &mut PagesHasher,
-    bank: &mut Bank,
-    store: &Store,
-) -> Result<Vec<Piece>, Trouble> {
-    let (runs, mut literal) = runs::decode(body).map_err(violation)?;
-    let count: u64 = runs.iter().map(|run| u64::from(run.pages())).sum();
-    if count > MOST_PAGES {
-        return Err(violation(format!("{count} pages in a frame")));
-    }
-    let mut pieces = Vec::with_capacity(count as usize);
-    for run in runs {
-        match run {
-            Run::Zero { pages } => {
-                for _ in 0..pages {
-                    hasher.update(&ZERO_HASH);
-                }
-                pieces.push(Piece::Zero { pages });
-            }
-            Run::Bank { first, pages } => {
-                for index in 0..pages {
-                    let known = first.checked_add(index).and_then(|n| bank.refer(n));
-                    let Some((hash, blob)) = known else {
-                        return Err(violation(format!("page {first} of a run is not known")));
-                    };
-                    hasher.update(&hash);
-                    pieces.push(Piece::Data(blob));
-                }
-            }
-            Run::Literal { pages } => {
-                // The decoder has checked that they are there.
-                let (data, rest) = literal.split_at(pages as usize * PAGE);
-                for contents in data.chunks_exact(PAGE) {
-                    let hash: PageHash = page::hash(contents);
-                    hasher.update(&hash);
-                    let blob = store.put(contents)?;
-                    store.pool().charge(BANK_COST)?;
-                    bank.add(hash, Arc::clone(&blob));
-                    pieces.push(Piece::Data(blob));
-                }
-                literal = rest;
-            }
-        }
-    }
-    Ok(pieces)
 }
 
 fn part<M: prost::Message + Default>(kind: Kind, body: &[u8]) -> Result<M, Trouble> {

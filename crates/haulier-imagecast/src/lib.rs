@@ -32,9 +32,11 @@ mod outbox;
 mod pages;
 pub mod proxy;
 mod reading;
+mod receive;
 mod serve;
 mod sessions;
 pub mod settle;
+mod shelf;
 mod store;
 mod stream;
 

@@ -189,15 +189,16 @@ fn write(image: &Arc<Image>, pipe: &OwnedFd, stop: &Cancel) -> io::Result<()> {
 }
 
 fn write_pieces(pieces: &[Piece], pipe: &OwnedFd, wait: &Wait) -> io::Result<()> {
-    let mut contents = Vec::new();
+    let mut contents = Vec::with_capacity(pieces.len());
     for piece in pieces {
-        match piece {
-            Piece::Data(blob) => contents.push(blob.read()?),
-            Piece::Zero { pages } => {
-                let (whole, rest) = (*pages as usize / 16, *pages as usize % 16);
+        match piece.read()? {
+            Some(bytes) => contents.push(bytes),
+            None => {
+                let length = piece.len() as usize;
+                let (whole, rest) = (length / ZEROS.len(), length % ZEROS.len());
                 contents.extend((0..whole).map(|_| ZEROS[..].into()));
                 if rest > 0 {
-                    contents.push(ZEROS[..rest * PAGE].into());
+                    contents.push(ZEROS[..rest].into());
                 }
             }
         }

@@ -12,10 +12,11 @@ use haulier_transport::error::TransportError;
 use haulier_transport::greeting::Identity;
 use thiserror::Error;
 
-use crate::intake::{Intake, Violation};
+use crate::intake::{Intake, PagesAhead, Violation};
 use crate::link::{self, FRAME, Key, LinkError, SessionId};
 use crate::message::Ack;
 use crate::message::session::Body;
+use crate::receive;
 use crate::store::Store;
 
 /// Most sessions at once.
@@ -365,11 +366,8 @@ fn take_in(
             return Err(Violation::kind(header.kind).into());
         }
         let length = header.length as usize;
-        if buffer.len() < length {
-            buffer.resize(length, 0);
-        }
-        let body = &mut buffer[..length];
-        channel.receive_body(&header, &mut [&mut *body], &wait)?;
+        let room = |pages: &PagesAhead| slot.state().intake.room(pages);
+        let (body, pages) = receive::body(channel, &header, &mut buffer, room, &wait)?;
         let (answers, over);
         if header.kind == Kind::LazyPages {
             let lazy = slot.state().intake.lazy_of(body);
@@ -382,7 +380,7 @@ fn take_in(
             if slot.turn.load(Ordering::SeqCst) != turn {
                 return Err(SessionError::Replaced);
             }
-            state.intake.frame(header.kind, body)?;
+            state.intake.frame(header.kind, body, pages)?;
             answers = state.intake.answers();
             received = state.intake.received();
             over = state.intake.is_over();

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::left::Errand;
-use crate::message::Go;
+use crate::message::{Go, Held};
 use crate::pages::LazyPages;
 
 /// As little as there may be of either half.

@@ -1,5 +1,8 @@
 //! Peers that mean no good.
 
+use haulier_images::page::PAGE;
+use haulier_images::runs::{self, PAGED, Run};
+use haulier_proto::message::{ImageEnd, ImageHeader};
 use proptest::prelude::*;
 
 use super::*;
@@ -83,7 +86,7 @@ fn release(snapshot: u64) -> Frame {
 fn take(intake: &mut Intake, frames: &[Frame]) -> Result<(), Violation> {
     frames
         .iter()
-        .try_for_each(|(kind, body)| intake.frame(*kind, body))
+        .try_for_each(|(kind, body)| intake.frame(*kind, body, Vec::new()))
 }
 
 #[test]
@@ -351,7 +354,7 @@ proptest! {
     fn hostile_frames_do_no_harm(frames in prop::collection::vec(frame(), 0..60)) {
         let mut intake = intake();
         for (kind, body) in &frames {
-            if intake.frame(*kind, body).is_err() {
+            if intake.frame(*kind, body, Vec::new()).is_err() {
                 break;
             }
             prop_assert!(intake.store.pool().used().1 <= MEMORY);
@@ -460,7 +463,7 @@ proptest! {
                     break;
                 }
             }
-            if intake.frame(*kind, body).is_err() {
+            if intake.frame(*kind, body, Vec::new()).is_err() {
                 break;
             }
             for (number, lazy) in &intake.lazies {

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use haulier_images::page::{PagesHasher, ZERO_HASH};
+use haulier_images::page::{PAGE, PagesHasher, ZERO_HASH};
 use proptest::prelude::*;
 
 use super::*;
 use crate::intake::Intake;
 use crate::message::Held;
-use crate::store::{INVENTORY, Key, Next, Piece, Pool, State, Store};
+use crate::store::{INVENTORY, Key, Next, Pool, State, Store};
 
 fn name(text: &str) -> ImageName {
     ImageName::new(text).unwrap()
@@ -30,20 +30,17 @@ fn send(outbox: &mut Outbox, snapshot: u64, image: &str, bytes: &[u8], step: usi
     let blake3 = if image.is_of_pages() {
         let mut hasher = PagesHasher::new();
         for data in bytes.chunks(step * PAGE) {
-            let hashes: Vec<_> = data
-                .chunks(PAGE)
-                .map(haulier_images::page::hash_unless_zero)
-                .collect();
+            let hashes = haulier_images::page::hash_all_unless_zero(data);
             for hash in &hashes {
                 hasher.update(hash.as_ref().unwrap_or(&ZERO_HASH));
             }
-            let data = data.to_vec();
+            let data = data.to_vec().into();
             outbox.push(number, Item::Pages { data, hashes });
         }
         hasher.finalize()
     } else {
         for data in bytes.chunks(step) {
-            outbox.push(number, Item::Plain(data.to_vec()));
+            outbox.push(number, Item::Plain(data.to_vec().into()));
         }
         *blake3::hash(bytes).as_bytes()
     };
@@ -57,7 +54,7 @@ fn deliver(outbox: &mut Outbox, intake: &mut Intake, most: usize) -> usize {
     while count < most {
         let Some(frame) = outbox.next() else { break };
         let (kind, body) = frame.body();
-        intake.frame(kind, &body).unwrap();
+        intake.frame(kind, &body, Vec::new()).unwrap();
         count += 1;
     }
     count
@@ -72,12 +69,7 @@ fn contents(store: &Store, key: &Key, image: &str) -> Option<Vec<u8>> {
             Next::Pieces(pieces) => {
                 index += pieces.len();
                 for piece in pieces {
-                    match piece {
-                        Piece::Zero { pages } => {
-                            bytes.resize(bytes.len() + pages as usize * PAGE, 0);
-                        }
-                        Piece::Data(blob) => bytes.extend_from_slice(&blob.read().unwrap()),
-                    }
+                    piece.append_to(&mut bytes).unwrap();
                 }
             }
             Next::End => return Some(bytes),

@@ -1,9 +1,12 @@
 //! An image: pieces that come one after the other, and any number of readers that follow.
 
+use std::borrow::Cow;
+use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use haulier_images::page::PAGE;
+use haulier_sys::pages::Pages;
 
 use super::StoreError;
 use super::pool::{Blob, Pool};
@@ -21,6 +24,8 @@ pub(crate) enum Piece {
     },
     /// Contents, which other images may share.
     Data(Arc<Blob>),
+    /// The same of whole pages in memory.
+    Pages(Pages),
 }
 
 impl Piece {
@@ -29,14 +34,24 @@ impl Piece {
         match self {
             Piece::Zero { pages } => u64::from(*pages) * PAGE as u64,
             Piece::Data(blob) => blob.len() as u64,
+            Piece::Pages(pages) => pages.len() as u64,
+        }
+    }
+
+    /// Its contents; `None` for zeros.
+    pub(crate) fn read(&self) -> io::Result<Option<Cow<'_, [u8]>>> {
+        match self {
+            Piece::Zero { .. } => Ok(None),
+            Piece::Data(blob) => blob.read().map(Some),
+            Piece::Pages(pages) => Ok(Some(Cow::Borrowed(pages))),
         }
     }
 
     /// Its contents, behind others.
-    pub(crate) fn append_to(&self, bytes: &mut Vec<u8>) -> std::io::Result<()> {
-        match self {
-            Piece::Zero { pages } => bytes.resize(bytes.len() + *pages as usize * PAGE, 0),
-            Piece::Data(blob) => bytes.extend_from_slice(&blob.read()?),
+    pub(crate) fn append_to(&self, bytes: &mut Vec<u8>) -> io::Result<()> {
+        match self.read()? {
+            None => bytes.resize(bytes.len() + self.len() as usize, 0),
+            Some(contents) => bytes.extend_from_slice(&contents),
         }
         Ok(())
     }
@@ -94,15 +109,18 @@ impl Image {
         }
     }
 
-    /// Adds pieces.
-    pub(crate) fn push(&self, pieces: Vec<Piece>) -> Result<(), StoreError> {
-        self.pool.charge(pieces.len() as u64 * PIECE_COST)?;
+    /// Counts so many pieces that will be added.
+    pub(crate) fn charge(&self, pieces: usize) -> Result<(), StoreError> {
+        self.pool.charge(pieces as u64 * PIECE_COST)
+    }
+
+    /// Adds pieces, which were counted.
+    pub(crate) fn add(&self, pieces: Vec<Piece>) {
         let mut content = self.content();
         content.length += pieces.iter().map(Piece::len).sum::<u64>();
         content.pieces.extend(pieces);
         drop(content);
         self.more.notify_all();
-        Ok(())
     }
 
     /// Says how it ended. The first word counts.
@@ -179,6 +197,11 @@ mod tests {
     const SOON: Duration = Duration::from_secs(10);
     const NOW: Duration = Duration::ZERO;
 
+    fn push(image: &Image, pieces: Vec<Piece>) {
+        image.charge(pieces.len()).unwrap();
+        image.add(pieces);
+    }
+
     fn data(pool: &Arc<Pool>, bytes: &[u8]) -> Vec<Piece> {
         vec![Piece::Data(Arc::new(pool.put(bytes).unwrap()))]
     }
@@ -190,12 +213,7 @@ mod tests {
                 Next::Pieces(pieces) => {
                     index += pieces.len();
                     for piece in pieces {
-                        match piece {
-                            Piece::Zero { pages } => {
-                                bytes.resize(bytes.len() + pages as usize * PAGE, 0);
-                            }
-                            Piece::Data(blob) => bytes.extend_from_slice(&blob.read().unwrap()),
-                        }
+                        piece.append_to(&mut bytes).unwrap();
                     }
                 }
                 Next::End => return Some(bytes),
@@ -212,9 +230,9 @@ mod tests {
         thread::scope(|scope| {
             let readers: Vec<_> = (0..3).map(|_| scope.spawn(|| all(&image))).collect();
             for part in [b"ab", b"cd", b"ef"] {
-                image.push(data(&pool, part)).unwrap();
+                push(&image, data(&pool, part));
             }
-            image.push(vec![Piece::Zero { pages: 2 }]).unwrap();
+            push(&image, vec![Piece::Zero { pages: 2 }]);
             image.finish(End::Complete);
             let mut expected = b"abcdef".to_vec();
             expected.resize(6 + 2 * PAGE, 0);
@@ -231,9 +249,9 @@ mod tests {
     fn the_last_piece_comes_with_the_proof() {
         let pool = Arc::new(Pool::new(1 << 20));
         let image = Image::new(&pool);
-        image.push(data(&pool, b"first")).unwrap();
+        push(&image, data(&pool, b"first"));
         assert!(matches!(image.next(0, 1, NOW), Next::NotYet));
-        image.push(data(&pool, b"second")).unwrap();
+        push(&image, data(&pool, b"second"));
         assert!(matches!(image.next(0, 9, NOW), Next::Pieces(pieces) if pieces.len() == 1));
         image.finish(End::Failed);
         image.finish(End::Complete);

@@ -15,6 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use haulier_images::name::ImageName;
+use haulier_sys::pages::PagesMut;
 use thiserror::Error;
 
 use crate::lazy::Lazy;
@@ -180,9 +181,17 @@ impl Store {
         self.with_room(|| self.pool.put(bytes).map(Arc::new))
     }
 
+    /// Room for pages of contents, as [`Pool::pages`] has it; drops old snapshots if there is none
+    /// otherwise.
+    pub(crate) fn pages(&self, count: usize) -> Result<Option<Vec<PagesMut>>, StoreError> {
+        self.with_room(|| self.pool.pages(count))
+    }
+
     /// Adds pieces to an image; drops old snapshots if there is no room otherwise.
     pub(crate) fn push(&self, image: &Image, pieces: Vec<Piece>) -> Result<(), StoreError> {
-        self.with_room(|| image.push(pieces.clone()))
+        self.with_room(|| image.charge(pieces.len()))?;
+        image.add(pieces);
+        Ok(())
     }
 
     /// A new snapshot of a target, which arrives.

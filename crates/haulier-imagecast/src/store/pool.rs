@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use haulier_images::account::Account;
+use haulier_sys::pages::{PAGE_BYTES, PagePool, PagesMut};
 use rustix::fs::FallocateFlags;
 
 use super::StoreError;
@@ -16,10 +17,15 @@ use super::StoreError;
 /// What a blob counts for beyond its bytes: itself, its count of references, the allocator.
 const OVERHEAD: u64 = 128;
 
+/// Memory that pages may leave unused beyond the allowance.
+const SPARE: u64 = 8 << 20;
+
 /// Where contents are kept.
 #[derive(Debug)]
 pub(crate) struct Pool {
     memory: Account,
+    /// Pages, which most contents are. They are counted in `memory`.
+    pages: PagePool,
     spill: Option<Spill>,
 }
 
@@ -37,8 +43,10 @@ struct Spill {
 impl Pool {
     /// A pool of at most `memory` bytes.
     pub(crate) fn new(memory: u64) -> Pool {
+        let memory = Account::new(memory);
         Pool {
-            memory: Account::new(memory),
+            pages: PagePool::of_small_pages(memory.counter()),
+            memory,
             spill: None,
         }
     }
@@ -79,6 +87,23 @@ impl Pool {
         self.memory.release(bytes);
     }
 
+    /// Room for so many pages of contents. `None` if memory has none, but there is a file: contents go
+    /// through [`Pool::put`] then.
+    pub(crate) fn pages(&self, count: usize) -> Result<Option<Vec<PagesMut>>, StoreError> {
+        let bytes = (count * PAGE_BYTES) as u64;
+        let fits = self.memory.used() + bytes <= self.most();
+        if !fits || self.charge(bytes).is_err() {
+            return if self.spill.is_some() {
+                Ok(None)
+            } else {
+                Err(self.full())
+            };
+        }
+        // It gives the charge back if it fails.
+        let taken = self.pages.take(count);
+        taken.map(Some).map_err(|_| self.full())
+    }
+
     /// Keeps contents.
     pub(crate) fn put(self: &Arc<Self>, bytes: &[u8]) -> Result<Blob, StoreError> {
         let length = bytes.len() as u64;
@@ -105,11 +130,20 @@ impl Pool {
         })
     }
 
-    /// With a file to go to, contents leave a part of the memory to what is counted beside them:
-    /// it is needed for those in the file too.
+    /// Whether contents have room in memory. What pages have left unused is of use for pages only.
     fn has_memory_for(&self, bytes: u64) -> bool {
+        let idle = self.pages.idle().saturating_sub(SPARE);
+        self.memory.used() + idle + bytes + OVERHEAD <= self.most()
+    }
+
+    /// Memory for contents. With a file to go to, they leave a part of it to what is counted beside
+    /// them: it is needed for those in the file too.
+    fn most(&self) -> u64 {
         let limit = self.memory.limit();
-        self.spill.is_none() || self.memory.used() + bytes + OVERHEAD <= limit - limit / 4
+        match self.spill {
+            Some(_) => limit - limit / 4,
+            None => limit,
+        }
     }
 
     fn full(&self) -> StoreError {
@@ -213,6 +247,56 @@ mod tests {
         assert_eq!(*third.read().unwrap(), [3; 100]);
         drop((second, third));
         assert_eq!(pool.used().0, 0);
+    }
+
+    #[test]
+    fn pages_are_counted_until_the_last_part_of_them_is_dropped() {
+        let pool = Arc::new(Pool::new(64 << 20));
+        let mut room = pool.pages(100).unwrap().unwrap();
+        assert_eq!(pool.used().0, 100 * PAGE_BYTES as u64);
+        let part = room.remove(0).freeze().share(3..5);
+        drop(room);
+        assert_eq!(pool.used().0, 2 * PAGE_BYTES as u64);
+        drop(part);
+        assert_eq!(pool.used().0, 0);
+        assert!(matches!(pool.pages(1 << 20), Err(StoreError::Full { .. })));
+        assert_eq!(pool.used().0, 0);
+    }
+
+    #[test]
+    fn pages_at_the_end_of_memory_are_hashed_without_a_look_beyond() {
+        let pool = Arc::new(Pool::new(64 << 20));
+        let mut arena = pool.pages(512).unwrap().unwrap().remove(0);
+        arena.fill(7);
+        let one = haulier_images::page::hash(&[7; PAGE_BYTES]);
+        for count in 1..40 {
+            let end = &arena[arena.len() - count * PAGE_BYTES..];
+            let hashes = haulier_images::page::hash_all(end);
+            assert_eq!(hashes, vec![one; count]);
+        }
+    }
+
+    #[test]
+    fn memory_that_pages_leave_in_pieces_is_not_given_out_twice() {
+        let memory = 64 << 20;
+        let pool = Arc::new(Pool::new(memory));
+        let runs = pool.pages(15_000).unwrap().unwrap();
+        let runs: Vec<_> = runs.into_iter().map(PagesMut::freeze).collect();
+        // One of each run stays, and no piece of the others is large enough for the kernel.
+        let kept: Vec<_> = runs.iter().map(|run| run.share(7..8)).collect();
+        drop(runs);
+        assert!(pool.used().0 < 1 << 20);
+        let mut large = Vec::new();
+        while let Ok(blob) = pool.put(&[1; 1 << 20]) {
+            large.push(blob);
+        }
+        let used = pool.pages.mapped() + (large.len() as u64) * (1 << 20);
+        assert!(used <= memory + SPARE, "{used}");
+        // For pages there is room in between.
+        let more = pool.pages(1000).unwrap();
+        drop((kept, large, more));
+        assert_eq!(pool.used().0, 0);
+        assert!(pool.pages.mapped() <= SPARE);
     }
 
     #[test]
