@@ -339,7 +339,7 @@ fn recover_destination(
             }
             DestinationAction::Kill => {
                 info!(%id, "removing what will not run here");
-                remove(id, &groups, &addresses);
+                remove(id, &groups, &not_others(id, &addresses, cgroups));
             }
             DestinationAction::SendPrepared
             | DestinationAction::SendHeld
@@ -364,6 +364,24 @@ fn let_run(id: MigrationId, groups: &[Cgroup], addresses: &[MoveIp]) -> io::Resu
         group.thaw().map_err(io::Error::other)?;
     }
     Ok(())
+}
+
+/// Of the addresses that a migration was to bring here, those that no other one has brought since, with a
+/// target that lives: the journal says from before it is added that it is to be removed.
+fn not_others(id: MigrationId, addresses: &[MoveIp], cgroups: &CgroupFs) -> Vec<MoveIp> {
+    let mut own = addresses.to_vec();
+    for other in journal::all().into_iter().filter(|other| *other != id) {
+        // What cannot be read is told where it is recovered.
+        let Ok(Some(contents)) = journal::read(other) else {
+            continue;
+        };
+        let mut groups = groups(&contents, Side::Destination, cgroups).into_iter();
+        if groups.any(|group| group.is_populated().is_ok_and(|populated| populated)) {
+            let theirs = self::addresses(&contents, Side::Destination);
+            own.retain(|address| theirs.iter().all(|of| of.ip() != address.ip()));
+        }
+    }
+    own
 }
 
 /// Removes what a target that will not run here has on this host.

@@ -162,3 +162,29 @@ fn a_migration_that_comes_again_is_refused() {
     assert_known(&Source::of(&stage, id, 1));
     assert!(stage.host(2).process_alive(counter.pid()));
 }
+
+/// The earlier one was about to add it when its server was killed, as far as its journal knows.
+#[test]
+fn an_address_that_a_later_migration_has_brought_is_not_removed_for_an_earlier_one() {
+    let scene = Scene::set();
+    let server = scene.server("", &[]);
+    let point = "source phase pre-copy";
+    let migration = scene.migration(point, &[]);
+    migration.wait_for_output(point, LONG).unwrap();
+    let shell = |line: &str| scene.stage.host(2).shell(line).unwrap().success();
+    shell("cp -a /var/lib/haulier /srv/earlier");
+    let journal = shell("cat /srv/earlier/*/journal");
+    assert!(journal.contains("10.77.0.100"), "{journal}");
+    let agent = scene.pid_of(1, "migrate");
+    let stop = haulier_lab::Signal::TERM;
+    scene.stage.host(1).signal(agent, stop).unwrap();
+    scene.go(1);
+    ended(migration, NOTHING_TOUCHED, &["interrupted"]);
+    scene.stage.moved(1, scene.redis.pid(), 2, &MOVE);
+    scene.kill_server(server);
+    shell("cp -a /srv/earlier/. /var/lib/haulier");
+    let server = scene.stage.serve(2);
+    let told = "removing what will not run here";
+    server.wait_for_output(told, LONG).unwrap();
+    scene.assert_lives_on(2);
+}
