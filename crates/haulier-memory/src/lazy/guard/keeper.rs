@@ -109,17 +109,20 @@ fn hold_what_lives(held: HashMap<u64, OwnedFd>) {
     let held = held.into_values().map(Userfaultfd::from_fd);
     let mut held: Vec<Userfaultfd> = held.filter_map(Result::ok).collect();
     let mut strays = Strays::default();
-    let mut next = Instant::now() + GONE;
+    let since = Instant::now();
+    let mut next = since + GONE;
     loop {
         held.retain(Userfaultfd::has_memory);
         if held.is_empty() {
             return;
         }
+        // Who is not found in that time hardly ever will be, and each look reads all of smaps.
+        let late = since.elapsed() >= DEATH;
         if Instant::now() >= next {
             strays.kill(&held);
-            next = Instant::now() + AGAIN;
+            next = Instant::now() + if late { DEATH } else { AGAIN };
         }
-        thread::sleep(LOOK);
+        thread::sleep(if late { AGAIN } else { LOOK });
     }
 }
 
