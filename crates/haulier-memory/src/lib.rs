@@ -8,6 +8,7 @@
 pub mod lazy;
 pub mod ledger;
 pub mod mappings;
+mod pace;
 pub mod page;
 pub mod post;
 pub mod present;

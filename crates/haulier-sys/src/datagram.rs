@@ -63,7 +63,7 @@ pub fn tells_destination(socket: impl AsFd, ipv6: bool) -> io::Result<bool> {
 /// What `setsockopt(2)` says.
 pub fn set_tells_destination(socket: impl AsFd, ipv6: bool, on: bool) -> io::Result<()> {
     let (level, name) = destination_option(ipv6);
-    option::set(socket, level, name, on.into())
+    option::set(socket, level, name, libc::c_int::from(on))
 }
 
 /// Looks at the next datagram of a UDP socket, without taking it and without waiting.

@@ -1,4 +1,4 @@
-//! Options of sockets that are an integer.
+//! Options of sockets that are a number.
 
 use std::io;
 use std::mem::size_of;
@@ -30,14 +30,20 @@ pub(crate) fn get(
     }
 }
 
+/// What options are set to: every value of it is plain bytes.
+pub(crate) trait Number: Copy {}
+
+impl Number for libc::c_int {}
+impl Number for u64 {}
+
 /// Does what `setsockopt(2)` does.
-pub(crate) fn set(
+pub(crate) fn set<N: Number>(
     socket: impl AsFd,
     level: libc::c_int,
     option: libc::c_int,
-    value: libc::c_int,
+    value: N,
 ) -> io::Result<()> {
-    // SAFETY: the descriptor is borrowed for the call; the value is a live c_int of the length
+    // SAFETY: the descriptor is borrowed for the call; the value is a live number of the length
     // given.
     let result = unsafe {
         libc::setsockopt(
@@ -45,7 +51,7 @@ pub(crate) fn set(
             level,
             option,
             (&raw const value).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
+            size_of::<N>() as libc::socklen_t,
         )
     };
     if result == 0 {

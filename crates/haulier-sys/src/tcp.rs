@@ -27,11 +27,18 @@ struct TcpInfo {
     delivery_rate: u64,
 }
 
+/// Where `tcpi_rtt` is among the words.
+const RTT: usize = 15;
+
 /// A connection as its own end sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Path {
     /// The shortest round trip seen: the way without queues.
     pub round_trip: Duration,
+    /// The round trip as it is of late, with what it waits in queues.
+    pub smoothed: Duration,
+    /// Bytes that the peer has acknowledged.
+    pub acknowledged: u64,
     /// Bytes per second that were delivered of late; 0 before anything was.
     pub rate: u64,
 }
@@ -63,6 +70,8 @@ pub fn path(socket: impl AsFd) -> io::Result<Path> {
     }
     Ok(Path {
         round_trip: Duration::from_micros(info.min_rtt.into()),
+        smoothed: Duration::from_micros(info.words[RTT].into()),
+        acknowledged: info.bytes_acked,
         rate: info.delivery_rate,
     })
 }
@@ -76,6 +85,20 @@ pub fn keep_unsent_short(socket: impl AsFd, bytes: u32) -> io::Result<()> {
     // The kernel takes the bits of an int for a number without a sign.
     let value = bytes as libc::c_int;
     option::set(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, value)
+}
+
+/// Has the kernel send no more than so many bytes per second, evenly; `None` ends that.
+///
+/// # Errors
+/// What `setsockopt(2)` says.
+pub fn pace(socket: impl AsFd, rate: Option<u64>) -> io::Result<()> {
+    // All ones is what a socket begins with. Kernels since 4.20 take 64 bits.
+    option::set(
+        socket,
+        libc::SOL_SOCKET,
+        libc::SO_MAX_PACING_RATE,
+        rate.unwrap_or(u64::MAX),
+    )
 }
 
 #[cfg(test)]
@@ -99,7 +122,41 @@ mod tests {
         }
         let path = path(&near).unwrap();
         assert!(path.round_trip < Duration::from_secs(5), "{path:?}");
+        assert!(path.round_trip <= path.smoothed, "{path:?}");
         assert!(path.rate > 0, "{path:?}");
+        // The handshake counts as one.
+        let sent = 20 * 30_000;
+        assert!((sent..=sent + 1).contains(&path.acknowledged), "{path:?}");
+    }
+
+    #[test]
+    fn what_is_paced_is_slower_until_it_is_not_any_more() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let kept = || {
+            let mut value: u64 = 0;
+            let mut length = size_of::<u64>() as libc::socklen_t;
+            // SAFETY: the descriptor is open; value and length are live, and length says how large
+            // value is.
+            let result = unsafe {
+                libc::getsockopt(
+                    near.as_raw_fd(),
+                    libc::SOL_SOCKET,
+                    libc::SO_MAX_PACING_RATE,
+                    (&raw mut value).cast(),
+                    &raw mut length,
+                )
+            };
+            assert_eq!(result, 0);
+            value
+        };
+        assert_eq!(kept(), u64::MAX);
+        for rate in [1024, 1 << 40] {
+            pace(&near, Some(rate)).unwrap();
+            assert_eq!(kept(), rate);
+        }
+        pace(&near, None).unwrap();
+        assert_eq!(kept(), u64::MAX);
     }
 
     #[test]

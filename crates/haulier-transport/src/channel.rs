@@ -22,6 +22,7 @@ pub struct Channel {
     sent: u64,
     received: u64,
     blocked: Duration,
+    piece: Option<usize>,
 }
 
 impl Channel {
@@ -38,6 +39,7 @@ impl Channel {
             sent: 0,
             received: 0,
             blocked: Duration::ZERO,
+            piece: None,
         })
     }
 
@@ -53,6 +55,7 @@ impl Channel {
             sent: 0,
             received: 0,
             blocked: Duration::ZERO,
+            piece: None,
         })
     }
 
@@ -74,6 +77,12 @@ impl Channel {
     /// How long this handle has waited for the peer, or the way to it, to take what it sends.
     pub fn blocked(&self) -> Duration {
         self.blocked
+    }
+
+    /// From now on what is sent through this handle goes in packets of at most so many bytes, before
+    /// the network's own division of them: on a slow line the next one of somebody else waits less.
+    pub fn send_in_pieces(&mut self, bytes: Option<usize>) {
+        self.piece = bytes.filter(|bytes| *bytes > 0);
     }
 
     /// The socket, for polling beside other descriptors.
@@ -235,9 +244,7 @@ impl Channel {
     ) -> Result<(), TransportError> {
         const DOING: &str = "sending to it";
         while !slices.is_empty() {
-            // NOSIGNAL: a broken connection is an error here, not the death of the agent.
-            let mut control = rustix::net::SendAncillaryBuffer::default();
-            match rustix::net::sendmsg(&self.socket, slices, &mut control, SendFlags::NOSIGNAL) {
+            match self.write_some(slices) {
                 Ok(count) => {
                     self.sent += count as u64;
                     IoSlice::advance_slices(&mut slices, count);
@@ -256,6 +263,19 @@ impl Channel {
             }
         }
         Ok(())
+    }
+
+    fn write_some(&self, slices: &[IoSlice<'_>]) -> rustix::io::Result<usize> {
+        // NOSIGNAL: a broken connection is an error here, not the death of the agent.
+        let mut flags = SendFlags::NOSIGNAL;
+        let mut control = rustix::net::SendAncillaryBuffer::default();
+        let Some(piece) = self.piece else {
+            return rustix::net::sendmsg(&self.socket, slices, &mut control, flags);
+        };
+        // The end of a record is where the kernel does not join what is sent later.
+        flags |= SendFlags::EOR;
+        let slices = at_most(slices, piece);
+        rustix::net::sendmsg(&self.socket, &slices, &mut control, flags)
     }
 
     fn read_exact(
@@ -315,6 +335,20 @@ impl Channel {
             WaitError::Io(source) => self.io_error(source, doing),
         }
     }
+}
+
+/// The first bytes of slices that are not empty.
+fn at_most<'a>(slices: &'a [IoSlice<'_>], mut bytes: usize) -> Vec<IoSlice<'a>> {
+    let mut first = Vec::new();
+    for slice in slices {
+        let part = slice.get(..bytes).unwrap_or(slice);
+        first.push(IoSlice::new(part));
+        bytes -= part.len();
+        if bytes == 0 {
+            break;
+        }
+    }
+    first
 }
 
 #[cfg(test)]

@@ -117,6 +117,10 @@ pub(crate) struct Migrate {
     /// Most bytes a second for memory while the process runs here, e.g. 100MiB [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = MEMORY)]
     bandwidth: Option<ByteSize>,
+    /// Percent of the line for memory once it fills it: the rest is for others, who would wait in its
+    /// queue [default: 90, or 98 if the process has no clients on that line]
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100), help_heading = MEMORY)]
+    line_share: Option<u8>,
     /// Longest time a single step may take, in seconds; then everything is undone
     #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = seconds::<1>)]
     step_time: u64,
@@ -195,6 +199,7 @@ impl Migrate {
             streams: self.streams,
             compression: self.compress,
             bandwidth: self.bandwidth.map(|size| size.as_u64()),
+            line_share: self.line_share,
             step_time: Duration::from_secs(self.step_time),
             doubt_time: Duration::from_secs(self.doubt_time),
             link_time: LinkTime::new(Duration::from_secs(self.link_time)),
@@ -305,6 +310,9 @@ mod tests {
         assert!(migrate(&["7", "a:1", "--link-time", "3"]).is_err());
         assert!(migrate(&["7", "a:1", "--bandwidth", "100MiB"]).is_ok());
         assert!(migrate(&["7", "a:1", "--bandwidth", "fast"]).is_err());
+        assert!(migrate(&["7", "a:1", "--line-share", "100"]).is_ok());
+        assert!(migrate(&["7", "a:1", "--line-share", "0"]).is_err());
+        assert!(migrate(&["7", "a:1", "--line-share", "101"]).is_err());
         assert!(migrate(&["7", "a"]).is_err());
         assert!(migrate(&["7", "a:1", "--move-ip", "10.0.0.5"]).is_err());
         assert!(migrate(&["7", "a:1", "--streams", "0"]).is_err());

@@ -66,6 +66,10 @@ pub struct StreamOptions {
     pub compression: Compression,
     /// Bytes per second over all channels at most.
     pub bandwidth: Option<u64>,
+    /// Percent of a line that is found full which are used; 100 is no limit.
+    pub line_share: u8,
+    /// Bytes per second of a line that was found full a moment ago.
+    pub line: Option<u64>,
     /// Whether a page that was sent before over the same channel is sent as a reference.
     pub deduplicate: bool,
 }
@@ -75,6 +79,8 @@ impl Default for StreamOptions {
         Self {
             compression: Compression::Auto,
             bandwidth: None,
+            line_share: 100,
+            line: None,
             deduplicate: true,
         }
     }

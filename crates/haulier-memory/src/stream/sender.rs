@@ -15,6 +15,7 @@ use super::ahead;
 use super::encoder::FrameSender;
 use super::limiter::{self, Limiter};
 use super::{RoundStats, StreamError, StreamOptions, discard};
+use crate::pace::Pacer;
 use crate::page::PageRange;
 use crate::reader::{Chunk, PageReader, TaskPages};
 use crate::wait::Wait;
@@ -31,6 +32,7 @@ pub struct PageSender {
     lanes: Vec<Lane>,
     limiter: Arc<Limiter>,
     bandwidth: Option<u64>,
+    pacer: Pacer,
     processors: usize,
     next_round: u32,
     failed: bool,
@@ -58,6 +60,7 @@ impl PageSender {
             frames: FrameSender::limited(&options, limiter.clone()),
         };
         Ok(Self {
+            pacer: Pacer::new(&channels, &options),
             lanes: channels.into_iter().map(lane).collect(),
             bandwidth: options.bandwidth,
             limiter,
@@ -67,10 +70,16 @@ impl PageSender {
         })
     }
 
-    /// Changes the limit, in bytes per second over all channels, for the rounds to come.
-    pub fn set_bandwidth(&mut self, bandwidth: Option<u64>) {
-        self.bandwidth = bandwidth;
-        self.limiter.set(bandwidth);
+    /// The rounds to come go as fast as they can: without a limit, and over all of the line.
+    pub fn hurry(&mut self) {
+        self.bandwidth = None;
+        self.limiter.set(None);
+        self.pacer.release();
+    }
+
+    /// Bytes per second of the line, if it was found full.
+    pub fn line(&self) -> Option<u64> {
+        self.pacer.line()
     }
 
     /// Sends a round: first, on every channel, that pages older than it are gone (task and ranges),
@@ -94,6 +103,7 @@ impl PageSender {
             .running(running)
             .chunk_pages(limiter::chunk_pages(self.bandwidth));
         let reads_ahead = reader.pages() >= AHEAD_PAGES && self.lanes.len() < self.processors;
+        self.pacer.pause();
         let mut stats = self.on_all(reads_ahead, |lane, group| {
             lane.send(&reader, discard, round, group, wait)
         })?;
@@ -121,12 +131,12 @@ impl PageSender {
     fn on_all(
         &mut self,
         reads_ahead: bool,
-        work: impl Fn(&mut Lane, &Group) -> Result<RoundStats, StreamError> + Sync,
+        work: impl Fn(&mut Lane, &Group<'_>) -> Result<RoundStats, StreamError> + Sync,
     ) -> Result<RoundStats, StreamError> {
         if self.failed {
             return Err(StreamError::NoChannel);
         }
-        let group = Group::new(&self.lanes, reads_ahead)?;
+        let group = Group::new(&self.lanes, &self.pacer, reads_ahead)?;
         let stats = thread::scope(|scope| {
             let senders: Vec<_> = self
                 .lanes
@@ -164,7 +174,7 @@ impl Lane {
         reader: &PageReader,
         discard: &[(u32, Vec<PageRange>)],
         round: u32,
-        group: &Group,
+        group: &Group<'_>,
         wait: &Wait,
     ) -> Result<RoundStats, StreamError> {
         let before = self.channel.sent();
@@ -176,6 +186,7 @@ impl Lane {
         }
         self.frames.pause();
         let mut send = |chunk: &Chunk| -> Result<(), StreamError> {
+            group.pacer.tend(&mut self.channel);
             stats.add(&self.frames.send(&mut self.channel, chunk, round, wait)?);
             Ok(())
         };
@@ -213,16 +224,17 @@ impl Lane {
 }
 
 /// The channels of one round: what fails on one ends all.
-struct Group {
+struct Group<'a> {
     handles: Vec<Channel>,
+    pacer: &'a Pacer,
     /// Each channel has a second thread, which reads while the first sends.
     reads_ahead: bool,
     failed: AtomicBool,
     failure: Mutex<Option<StreamError>>,
 }
 
-impl Group {
-    fn new(lanes: &[Lane], reads_ahead: bool) -> Result<Self, TransportError> {
+impl<'a> Group<'a> {
+    fn new(lanes: &[Lane], pacer: &'a Pacer, reads_ahead: bool) -> Result<Self, TransportError> {
         let clone = |lane: &Lane| {
             let clone = lane.channel.try_clone();
             clone.map_err(|source| TransportError::Broken {
@@ -233,6 +245,7 @@ impl Group {
         };
         Ok(Self {
             handles: lanes.iter().map(clone).collect::<Result<_, _>>()?,
+            pacer,
             reads_ahead,
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),

@@ -18,7 +18,7 @@ use tracing::{info, warn};
 
 use super::behind::{Behind, Serving as Look, missing_ranges};
 use super::link::{Dialer, Link};
-use super::pages::{open_memory, suitable_streams};
+use super::pages::{SHARED, open_memory, suitable_streams};
 use crate::SOFTWARE;
 use crate::commands::Incoming;
 use crate::failure::Failure;
@@ -326,7 +326,11 @@ impl Conversation {
         let faults = dialer.open(Role::Faults, 0, &wait);
         let (faults, _) = faults.map_err(|source| transport(dialer, source))?;
         let serving = |error: Box<dyn std::error::Error + Send + Sync>| AskError::Serve(error);
-        let behind = Behind::new(tasks, StreamOptions::default(), self.how.link_time);
+        let options = StreamOptions {
+            line_share: SHARED,
+            ..StreamOptions::default()
+        };
+        let behind = Behind::new(tasks, options, self.how.link_time);
         let mut behind = behind.map_err(|e| serving(e.into()))?;
         info!(id = %self.journal.id(), pages = behind.remaining(), "serving again");
         let started = behind.start(faults, memory, missing.round);

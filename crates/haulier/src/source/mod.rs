@@ -14,11 +14,13 @@ mod switchover;
 mod target;
 mod veil;
 
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use haulier_engine::convergence::{Mode, OnStall};
 use haulier_engine::phase::Phase;
 use haulier_engine::source::{Action, Event, Source};
+use haulier_memory::stream::StreamOptions;
 use haulier_proto::id::MigrationId;
 use haulier_proto::message::{Begin, Commit, Frozen, Offer, control};
 use haulier_targets::network::{Announcement, LockScope};
@@ -108,6 +110,7 @@ struct Migration<'a> {
     /// The next serving of pages is one over new connections.
     rejoins: bool,
     memory_streams: u32,
+    line_share: u8,
     report: Report,
 }
 
@@ -148,6 +151,7 @@ impl<'a> Migration<'a> {
             behind: None,
             rejoins: false,
             memory_streams: 1,
+            line_share: pages::SHARED,
             report,
         }
     }
@@ -190,11 +194,15 @@ impl<'a> Migration<'a> {
         let mode = self.options.mode;
         let may_leave = matches!(mode, Mode::PostCopy | Mode::Hybrid)
             || self.options.policy.on_stall == OnStall::PostCopy;
-        let streams = self
-            .options
-            .streams
-            .unwrap_or_else(|| self.suitable_streams());
+        let local = self.local_address();
+        let streams = self.options.streams;
+        let streams = streams.unwrap_or_else(|| pages::suitable_streams(local));
         self.memory_streams = streams;
+        let suitable = || {
+            let moved = &self.options.move_addresses;
+            pages::suitable_share(local, moved, self.plan.has_users)
+        };
+        self.line_share = self.options.line_share.unwrap_or_else(suitable);
         let begin = Begin {
             memory_streams: streams,
             faults: may_leave,
@@ -210,7 +218,13 @@ impl<'a> Migration<'a> {
             other => return Err(self.unexpected(&other, "prepared")),
         }
         let wait = self.step();
-        let opened = Streams::open(&self.dialer, self.options, streams, &also, &wait);
+        let stream_options = StreamOptions {
+            compression: self.options.compression,
+            bandwidth: self.options.bandwidth,
+            line_share: self.line_share,
+            ..StreamOptions::default()
+        };
+        let opened = Streams::open(&self.dialer, stream_options, streams, &also, &wait);
         self.streams = Some(opened.map_err(|e| self.setback(&*e))?);
         let Some(target) = &mut self.target else {
             unreachable!("ready before prepared")
@@ -228,12 +242,10 @@ impl<'a> Migration<'a> {
         Setback::Here(plan::claimed(host, self.timeline.phase(), *pid, *claim))
     }
 
-    fn suitable_streams(&self) -> u32 {
-        let local = self
-            .link
-            .as_ref()
-            .and_then(|link| tcp::local_address(link.channel()));
-        pages::suitable_streams(local.map(|address| address.ip()))
+    /// The address of this host that the destination was reached from.
+    fn local_address(&self) -> Option<IpAddr> {
+        let link = self.link.as_ref()?;
+        Some(tcp::local_address(link.channel())?.ip())
     }
 
     fn await_held(&mut self) -> Result<(), Setback> {

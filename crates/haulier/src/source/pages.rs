@@ -17,7 +17,7 @@ use haulier_transport::error::TransportError;
 use haulier_transport::wait::Wait;
 
 use super::link::Dialer;
-use super::plan::Options;
+use haulier_targets::network::MoveIp;
 
 pub(super) type AnyError = Box<dyn Error + Send + Sync>;
 
@@ -26,6 +26,9 @@ pub(super) type AnyError = Box<dyn Error + Send + Sync>;
 const MOST_STREAMS: usize = 4;
 /// Links up to this speed, in Mbit/s, are filled by one connection.
 const SLOW_LINK: u32 = 1000;
+/// Percent of a full line for memory, if the target's users are on it, and if nobody else is known to be.
+pub(super) const SHARED: u8 = 90;
+const ALONE: u8 = 98;
 /// Most that is sent ahead of memory which CRIU dumps itself: unless it changes all the time, the
 /// target's own size bounds it.
 const MOST_AHEAD: u64 = 64 << 30;
@@ -56,14 +59,17 @@ enum Memory {
     /// Rounds may follow.
     Open(Box<PageSender>),
     /// No round follows; the connections are free for the push.
-    Finished(Vec<Channel>),
+    Finished {
+        channels: Vec<Channel>,
+        line: Option<u64>,
+    },
 }
 
 impl Streams {
     /// Opens them: before the freeze, so that no handshake falls into it.
     pub(super) fn open(
         dialer: &Dialer,
-        options: &Options,
+        options: StreamOptions,
         streams: u32,
         also: &Also,
         wait: &Wait,
@@ -76,14 +82,9 @@ impl Streams {
         };
         let faults = open(also.faults, Role::Faults)?;
         let packets = open(also.packets, Role::Packets)?;
-        let stream_options = StreamOptions {
-            compression: options.compression,
-            bandwidth: options.bandwidth,
-            ..StreamOptions::default()
-        };
         Ok(Streams {
             images: ImageSender::new(images, MOST_AHEAD),
-            memory: Memory::Open(Box::new(PageSender::new(memory, stream_options)?)),
+            memory: Memory::Open(Box::new(PageSender::new(memory, options)?)),
             faults,
             packets,
             rounds: 0,
@@ -110,9 +111,17 @@ impl Streams {
     }
 
     /// Sends memory as fast as it goes: its users wait now.
-    pub(super) fn lift_bandwidth_limit(&mut self) {
+    pub(super) fn hurry(&mut self) {
         if let Memory::Open(sender) = &mut self.memory {
-            sender.set_bandwidth(None);
+            sender.hurry();
+        }
+    }
+
+    /// Bytes per second of the line, if it was found full.
+    pub(super) fn line(&self) -> Option<u64> {
+        match &self.memory {
+            Memory::Open(sender) => sender.line(),
+            Memory::Finished { line, .. } => *line,
         }
     }
 
@@ -136,7 +145,9 @@ impl Streams {
         });
         let images = images.map_err(|_| "the sender of images panicked")??;
         let stats = memory?;
-        self.memory = Memory::Finished(sender.finish(wait)?);
+        let line = sender.line();
+        let channels = sender.finish(wait)?;
+        self.memory = Memory::Finished { channels, line };
         self.rounds += 1;
         self.pages += stats.pages;
         Ok((images, stats))
@@ -155,7 +166,7 @@ impl Streams {
     /// The memory connections, once no round follows.
     pub(super) fn take_memory(&mut self) -> Vec<Channel> {
         match std::mem::replace(&mut self.memory, Memory::none()) {
-            Memory::Finished(channels) => channels,
+            Memory::Finished { channels, .. } => channels,
             Memory::Open(_) => Vec::new(),
         }
     }
@@ -163,7 +174,10 @@ impl Streams {
 
 impl Memory {
     fn none() -> Memory {
-        Memory::Finished(Vec::new())
+        Memory::Finished {
+            channels: Vec::new(),
+            line: None,
+        }
     }
 }
 
@@ -184,6 +198,22 @@ pub(super) fn suitable_streams(local: Option<IpAddr>) -> u32 {
     match local.and_then(link_speed) {
         Some(speed) if speed <= SLOW_LINK => 1,
         _ => processors.min(MOST_STREAMS) as u32,
+    }
+}
+
+/// How much of a full line suits memory, in percent, if its connection is at `local`: the target's users
+/// are left room if they come by the same interface.
+pub(super) fn suitable_share(local: Option<IpAddr>, moved: &[MoveIp], has_users: bool) -> u8 {
+    let addresses = haulier_targets::network::addresses().unwrap_or_default();
+    let own = addresses
+        .iter()
+        .find(|address| Some(address.ip) == local)
+        .map(|address| &*address.interface);
+    // What is not known is taken to be shared.
+    let theirs = |moved: &MoveIp| own.is_none_or(|own| own == moved.interface());
+    match has_users && (moved.is_empty() || moved.iter().any(theirs)) {
+        true => SHARED,
+        false => ALONE,
     }
 }
 

@@ -49,6 +49,9 @@ pub struct Options {
     pub compression: Compression,
     /// Most bytes a second for memory, over all connections, before the freeze.
     pub bandwidth: Option<u64>,
+    /// Percent of the line that memory takes once it finds it full, so that others have room beside it;
+    /// `None` leaves more to the target's users than to nobody.
+    pub line_share: Option<u8>,
     /// How long a single step may take: connecting, checking, the dump, the restore.
     pub step_time: Duration,
     /// How long to keep asking for an answer to the commit before giving up, frozen.
@@ -67,6 +70,8 @@ pub(crate) struct Plan {
     pub(crate) cgroups: CgroupFs,
     pub(crate) tree: ProcessTree,
     pub(crate) connections: Vec<Connection>,
+    /// Others use it over the network, or may.
+    pub(crate) has_users: bool,
     pub(crate) memory_bytes: u64,
     /// What the kernel has to find written pages.
     pub(crate) tracker: Option<TrackerKind>,
@@ -117,6 +122,9 @@ impl Plan {
         network::probe().map_err(|e| failed(&e))?;
         let connections = movable_connections(&tree, options, &name)?;
         check_addresses(options, &name)?;
+        let listening = network::listeners_of(&tree.pids());
+        let listening = listening.map_err(|e| Failure::from_error(&name, Phase::Examine, &e))?;
+        let has_users = !(connections.is_empty() && listening.is_empty());
         let memory_bytes = tree.memory_bytes();
         let (tracker, mode) = tracker_and_mode(options, &name)?;
         Ok(Plan {
@@ -125,6 +133,7 @@ impl Plan {
             cgroups,
             tree,
             connections,
+            has_users,
             memory_bytes,
             tracker,
             mode,

@@ -23,7 +23,7 @@ impl Migration<'_> {
         else {
             unreachable!("dumped before prepared")
         };
-        streams.lift_bandwidth_limit();
+        streams.hurry();
         let mut clock = Stopwatch::new();
         let dirty = rounds.finish();
         clock.lap("last look");
@@ -100,6 +100,7 @@ impl Migration<'_> {
         let hot = |(task, set): &(u32, RangeSet)| (*task, rounds.by_heat(*task, set));
         let left = behind.then(|| missing.iter().map(hot).collect());
         let images_wire_bytes = streams.images.wire_bytes();
+        let line = streams.line();
         let ahead = rounds.ahead();
         let (images, stats) = sent.map_err(|e| self.setback(&*e))?;
         self.report.sent_round(&stats, true);
@@ -112,6 +113,8 @@ impl Migration<'_> {
         };
         let options = StreamOptions {
             compression: self.options.compression,
+            line_share: self.line_share,
+            line,
             ..StreamOptions::default()
         };
         let behind =

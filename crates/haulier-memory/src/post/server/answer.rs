@@ -194,8 +194,8 @@ impl Answers {
         // Each by itself: nobody waits for a page longer than for its own bytes.
         let options = StreamOptions {
             compression: Compression::None,
-            bandwidth: None,
             deduplicate: false,
+            ..StreamOptions::default()
         };
         Self {
             frames: FrameSender::new(&options),

@@ -16,6 +16,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::super::lending::Helpers;
 use super::super::push::Window;
 use super::{PageServer, ServeError, ServeOptions, ServeStats};
+use crate::pace::Pacer;
 use crate::page::PageRange;
 use crate::reader::Chunk;
 use crate::stream::{FrameSender, StreamError, StreamOptions};
@@ -37,6 +38,8 @@ pub(super) struct Run<'a> {
     /// Wakes the answering thread: all is taken, or something failed.
     pub(super) wake: OwnedFd,
     started: Instant,
+    /// Of the connections that push.
+    pacer: Pacer,
     /// Bytes that were pushed.
     pushed: AtomicU64,
     /// Threads that push: a task may wait for a page that one of them has in hand, and there is no
@@ -60,6 +63,10 @@ impl<'a> Run<'a> {
             server,
             options,
             handles: handles.map_err(system("duplicate a socket"))?,
+            pacer: match memory {
+                [] => Pacer::new([faults], &options.stream),
+                memory => Pacer::new(memory, &options.stream),
+            },
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
             wake,
@@ -288,6 +295,7 @@ impl Lane {
         wait: &Wait,
     ) -> Result<bool, ServeError> {
         self.keep_limit(run, channel, wait)?;
+        run.pacer.tend(channel);
         self.window.adjust(channel, self.stats.wire_bytes);
         let Some(index) = run.take(pause, &mut self.ranges) else {
             return Ok(false);

@@ -33,8 +33,8 @@ fn every_way() -> Vec<StreamOptions> {
         for deduplicate in [false, true] {
             ways.push(StreamOptions {
                 compression,
-                bandwidth: None,
                 deduplicate,
+                ..StreamOptions::default()
             });
         }
     }
@@ -302,7 +302,7 @@ fn a_limit_is_kept_without_an_error() {
             .send_round(vec![of(&region, 1)], &[], 0, false, &soon())
             .unwrap();
         assert_eq!(stats.normal, 64);
-        sender.set_bandwidth(None);
+        sender.hurry();
         let all = vec![of(&region, 1)];
         sender.send_round(all, &[], 1, false, &soon()).unwrap();
     });
