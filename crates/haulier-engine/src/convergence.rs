@@ -12,8 +12,10 @@
 //!   round costs the target little, while the downtime is what its users see;
 //! * when the fixed cost alone is beyond the limit, and a round can save no more than a tenth of
 //!   it. No round makes that cost smaller. With [`OnStall::Abort`] it is given up at once;
-//! * when rounds no longer shrink ([`OnStall`] says how it goes on), or when the limit of rounds
-//!   or of time is reached.
+//! * when rounds no longer shrink although all of the line is theirs ([`OnStall`] says how it goes
+//!   on), or when the limit of rounds or of time is reached. As long as others are left a part of the
+//!   line, that part is taken first: they lose service for the few rounds that are left, but would lose
+//!   it all the same, and at one stroke, in a longer freeze.
 //!
 //! It always ends: there are never more than [`Policy::max_rounds`] rounds, throttled or not.
 
@@ -62,6 +64,8 @@ pub struct Round {
     pub found: u64,
     /// Per cent of the CPU that were taken from the target during it.
     pub throttle: u8,
+    /// It left others their part of a line that it could have filled.
+    pub shared: bool,
 }
 
 /// What is known when a decision is due.
@@ -80,6 +84,11 @@ pub struct Measurements {
 pub enum Decision {
     /// Make another round.
     Another,
+    /// Leave nothing of the line to others any more, then make another round.
+    TakeLine {
+        /// What made it necessary.
+        why: Reason,
+    },
     /// Take so much of the CPU from the target (more than now), then make another round.
     Throttle {
         /// Per cent of the CPU time that it uses when it is left alone.
@@ -145,8 +154,16 @@ fn aim_at_downtime(policy: &Policy, mode: Mode, measured: &Measurements) -> Deci
     }
     match limit.or_else(|| is_stalled(&measured.rounds).then_some(Reason::Stalled)) {
         None => Decision::Another,
+        Some(why) if why == Reason::Stalled && may_take_line(measured) => {
+            Decision::TakeLine { why }
+        }
         Some(why) => on_stall(policy, mode, measured, why),
     }
+}
+
+/// Whether there is more of the line to be had.
+fn may_take_line(measured: &Measurements) -> bool {
+    measured.rounds.last().is_some_and(|round| round.shared)
 }
 
 fn on_stall(policy: &Policy, mode: Mode, measured: &Measurements, why: Reason) -> Decision {
@@ -225,7 +242,7 @@ fn another_round_pays(measured: &Measurements) -> bool {
     shrinks && saved > measured.fixed / 16
 }
 
-/// Whether the last rounds with the present throttle made no progress: none left less than the
+/// Whether the last rounds with the present throttle and part of the line made no progress: none left less than the
 /// smallest remainder before it, or in each of them pages were written faster than sent.
 fn is_stalled(rounds: &[Round]) -> bool {
     let Some(last) = rounds.last() else {
@@ -239,7 +256,7 @@ fn is_stalled(rounds: &[Round]) -> bool {
     let same = rounds
         .iter()
         .rev()
-        .take_while(|round| round.throttle == last.throttle)
+        .take_while(|round| (round.throttle, round.shared) == (last.throttle, last.shared))
         .count();
     if same < patience {
         return false;

@@ -22,11 +22,14 @@ use rule::{Look, Rule};
 const EACH: Duration = Duration::from_millis(20);
 
 /// How long the line may be taken in one piece when it is full: who comes between two pieces waits
-/// half as long. Without it the kernel makes packets of 64 KiB for a near peer, however slow.
-const PIECE_MICROS: u64 = 130;
+/// half as long. Without it the kernel makes packets of 64 KiB for a near peer, however slow. The
+/// target's clients ask and answer all the time (27 us are two packets of a line of 1 Gbit/s); a task
+/// whose fault is answered has waited longer for other things, and short pieces cost processor time.
+pub(crate) const BESIDE_CLIENTS: Duration = Duration::from_micros(27);
+pub(crate) const BESIDE_ANSWERS: Duration = Duration::from_micros(65);
 
-/// No piece is shorter, lest headers and system calls cost more than what is gained.
-const LEAST_PIECE: u64 = 4 << 10;
+/// No piece is shorter: one packet, more or less.
+const LEAST_PIECE: u64 = 1400;
 
 /// From here on the kernel's own pieces are no longer.
 const MOST_PIECE: u64 = 64 << 10;
@@ -36,8 +39,11 @@ const MOST_PIECE: u64 = 64 << 10;
 #[derive(Debug)]
 pub(crate) struct Pacer {
     inner: Mutex<Inner>,
+    piece_time: Duration,
     /// Largest piece in bytes; 0 for any.
     piece: AtomicU64,
+    /// Bytes per second of one connection; 0 if it is not paced.
+    each: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -58,6 +64,7 @@ impl Pacer {
     pub(crate) fn new<'a>(
         channels: impl IntoIterator<Item = &'a Channel>,
         options: &StreamOptions,
+        piece_time: Duration,
     ) -> Pacer {
         let channels = channels.into_iter().map(Channel::try_clone);
         let channels: Vec<Channel> = channels.collect::<Result<_, _>>().unwrap_or_default();
@@ -73,7 +80,9 @@ impl Pacer {
                 paced: None,
                 line: options.line,
             }),
+            piece_time,
             piece: AtomicU64::new(0),
+            each: AtomicU64::new(0),
         };
         pacer.apply(&mut pacer.lock());
         pacer
@@ -89,6 +98,11 @@ impl Pacer {
         }
         let piece = self.piece.load(Ordering::Relaxed);
         channel.send_in_pieces((piece > 0).then_some(piece as usize));
+    }
+
+    /// Bytes per second that one connection makes at most, if they are paced.
+    pub(crate) fn each(&self) -> Option<u64> {
+        Some(self.each.load(Ordering::Relaxed)).filter(|rate| *rate > 0)
     }
 
     /// Time has passed in which nothing was sent.
@@ -128,7 +142,10 @@ impl Pacer {
             }
         }
         inner.paced = rate;
-        let piece = rate.and_then(piece).unwrap_or(0);
+        let piece = rate
+            .and_then(|rate| piece(rate, self.piece_time))
+            .unwrap_or(0);
+        self.each.store(each.unwrap_or(0), Ordering::Relaxed);
         self.piece.store(piece, Ordering::Relaxed);
         tracing::debug!(?rate, "memory is paced");
     }
@@ -179,8 +196,23 @@ impl Inner {
 }
 
 /// The largest piece that goes at once, if it is to be limited.
-fn piece(rate: u64) -> Option<u64> {
-    let bytes = u128::from(rate) * u128::from(PIECE_MICROS) / 1_000_000;
+fn piece(rate: u64, time: Duration) -> Option<u64> {
+    let bytes = u128::from(rate) * time.as_micros() / 1_000_000;
     let bytes = u64::try_from(bytes).unwrap_or(u64::MAX).max(LEAST_PIECE);
     (bytes < MOST_PIECE).then_some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_a_matter_of_time() {
+        let gigabit = 125_000_000;
+        assert_eq!(piece(gigabit, BESIDE_CLIENTS), Some(3375));
+        assert_eq!(piece(gigabit, BESIDE_ANSWERS), Some(8125));
+        assert_eq!(piece(gigabit / 100, BESIDE_ANSWERS), Some(LEAST_PIECE));
+        assert_eq!(piece(10 * gigabit, BESIDE_ANSWERS), None);
+        assert_eq!(piece(u64::MAX, BESIDE_CLIENTS), None);
+    }
 }

@@ -74,6 +74,7 @@ impl<W: Write> Progress for Lines<W> {
     fn decided(&mut self, decision: &Decision) {
         let _ = match decision {
             Decision::Another => Ok(()),
+            Decision::TakeLine { why } => writeln!(self.out, "taking all of the line: {why}"),
             Decision::Throttle { percent, why } => {
                 writeln!(self.out, "taking {percent} % of the CPU from it: {why}")
             }

@@ -53,6 +53,7 @@ impl Model {
         loop {
             match decide(policy, mode, &measured) {
                 Decision::Another => {}
+                Decision::TakeLine { .. } => unreachable!("it is alone on the line"),
                 Decision::Throttle { percent, .. } => throttle = percent,
                 decision => {
                     return Outcome {
@@ -75,6 +76,7 @@ impl Model {
                 length: time,
                 found: self.written(seconds, throttle),
                 throttle,
+                shared: false,
             });
         }
     }

@@ -15,6 +15,7 @@ fn round(pages: u64, found: u64) -> Round {
         length: time,
         found,
         throttle: 0,
+        shared: false,
     }
 }
 
@@ -400,14 +401,16 @@ fn words_are_read_as_they_are_written() {
 fn any_round() -> impl Strategy<Value = Round> {
     let pages = || prop_oneof![Just(0_u64), 0..100_u64, 0..10_000_000_u64, Just(u64::MAX)];
     let time = || prop_oneof![Just(0_u64), 0..1000_u64, 0..100_000_000_u64];
-    (pages(), pages(), time(), time(), pages(), 0..=100_u8).prop_map(
-        |(pages, zero, send, length, found, throttle)| Round {
+    let rest = (pages(), 0..=100_u8, any::<bool>());
+    (pages(), pages(), time(), time(), rest).prop_map(
+        |(pages, zero, send, length, (found, throttle, shared))| Round {
             pages,
             zero,
             send_time: Duration::from_micros(send),
             length: Duration::from_micros(length),
             found,
             throttle,
+            shared,
         },
     )
 }
@@ -442,6 +445,43 @@ fn any_measurements() -> impl Strategy<Value = Measurements> {
     })
 }
 
+#[test]
+fn all_of_the_line_is_taken_before_anything_else_and_once() {
+    for mode in [Mode::PreCopy, Mode::Hybrid] {
+        for on_stall in OnStall::ALL {
+            let policy = policy(*on_stall);
+            // As fast as it is sent, while others have their part.
+            let mut rounds = plain(100_000, &[50_000, 50_000, 50_000]);
+            rounds.iter_mut().for_each(|round| round.shared = true);
+            let line = Decision::TakeLine {
+                why: Reason::Stalled,
+            };
+            assert_eq!(decide(&policy, mode, &measured(rounds.clone())), line);
+            // One such round without them says nothing yet, and is not asked for again.
+            rounds.extend(plain(50_000, &[50_000]));
+            let decision = decide(&policy, mode, &measured(rounds.clone()));
+            assert_eq!(decision, Decision::Another);
+            rounds.extend(plain(50_000, &[50_000]));
+            let decision = decide(&policy, mode, &measured(rounds));
+            assert!(
+                !matches!(decision, Decision::Another | Decision::TakeLine { .. }),
+                "{decision:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn what_converges_beside_others_leaves_them_their_part() {
+    let mut rounds = plain(100_000, &[5_000]);
+    rounds[0].shared = true;
+    let decision = decide(&policy(OnStall::Force), Mode::PreCopy, &measured(rounds));
+    assert!(
+        !matches!(decision, Decision::TakeLine { .. }),
+        "{decision:?}"
+    );
+}
+
 fn any_mode() -> impl Strategy<Value = Mode> {
     prop::sample::select(Mode::ALL)
 }
@@ -454,12 +494,15 @@ proptest! {
         rounds in prop::collection::vec(any_round(), 40),
     ) {
         let mut seen = Measurements::default();
+        let mut takes_line = false;
         for mut round in rounds {
             match decide(&policy, mode, &seen) {
                 Decision::Another => {}
+                Decision::TakeLine { .. } => takes_line = true,
                 Decision::Throttle { percent, .. } => round.throttle = percent,
                 _ => return Ok(()),
             }
+            round.shared &= !takes_line;
             seen.rounds.push(round);
             prop_assert!(seen.rounds.len() <= policy.max_rounds as usize);
         }

@@ -27,7 +27,7 @@ const QUEUE_PART: u32 = 4;
 const STEADY: f64 = 1.1;
 
 /// How long a line is believed to be what it was.
-const AGAIN: Duration = Duration::from_secs(5);
+const AGAIN: Duration = Duration::from_secs(10);
 
 /// What is left of a line's rate when there is a queue though less than that is sent, and how often
 /// in a row that is tried.

@@ -16,6 +16,9 @@ const QUEUE: Duration = Duration::from_micros(500);
 /// Below this nothing is fast.
 const LEAST: u64 = 96 << 10;
 
+/// The same on a line that is full, and kept from being fuller: what waits, waits here.
+const LEAST_PACED: u64 = 32 << 10;
+
 /// Beyond this nothing gets faster.
 const MOST: u64 = 32 << 20;
 
@@ -52,8 +55,9 @@ impl Window {
         window
     }
 
-    /// Looks at the link, if it is time to. `sent`: bytes that it was given so far.
-    pub(super) fn adjust(&mut self, channel: &Channel, sent: u64) {
+    /// Looks at the link, if it is time to. `sent`: bytes that it was given so far; `paced`: no more is
+    /// sent than leaves room on the line.
+    pub(super) fn adjust(&mut self, channel: &Channel, sent: u64, paced: bool) {
         let now = Instant::now();
         if self.next.is_none_or(|next| now < next) {
             return;
@@ -70,7 +74,8 @@ impl Window {
         self.rates[self.looks % RATES] = rate;
         self.looks += 1;
         let rate = self.rates.into_iter().max().unwrap_or(0);
-        let wanted = wanted(rate, path.round_trip);
+        let least = if paced { LEAST_PACED } else { LEAST };
+        let wanted = wanted(rate, path.round_trip, least);
         let change = wanted.abs_diff(self.bytes);
         if change > self.bytes / 8 && !self.set(channel, wanted) {
             self.next = None;
@@ -96,10 +101,10 @@ fn grown(bytes: u64, time: Duration) -> u64 {
 
 /// The way is counted one and a half times, or else a window that is too small would make the rate
 /// that keeps it small.
-fn wanted(rate: u64, round_trip: Duration) -> u64 {
+fn wanted(rate: u64, round_trip: Duration, least: u64) -> u64 {
     let time = round_trip * 3 / 2 + QUEUE;
     let bytes = u128::from(rate) * time.as_micros() / 1_000_000;
-    u64::try_from(bytes).unwrap_or(MOST).clamp(LEAST, MOST)
+    u64::try_from(bytes).unwrap_or(MOST).clamp(least, MOST)
 }
 
 #[cfg(test)]
@@ -110,11 +115,16 @@ mod tests {
     fn it_follows_rate_and_round_trip() {
         let gigabit = 125_000_000;
         let near = Duration::from_micros(100);
-        assert_eq!(wanted(0, near), LEAST);
-        assert_eq!(wanted(gigabit, near), LEAST, "0.65 ms of it are less");
-        assert_eq!(wanted(10 * gigabit, near), 812_500);
-        assert_eq!(wanted(gigabit, Duration::from_millis(50)), 9_437_500);
-        assert_eq!(wanted(u64::MAX, Duration::from_secs(9)), MOST);
+        assert_eq!(wanted(0, near, LEAST), LEAST);
+        assert_eq!(
+            wanted(gigabit, near, LEAST),
+            LEAST,
+            "0.65 ms of it are less"
+        );
+        assert_eq!(wanted(10 * gigabit, near, LEAST), 812_500);
+        assert_eq!(wanted(gigabit, Duration::from_millis(50), LEAST), 9_437_500);
+        assert_eq!(wanted(gigabit / 2, near, LEAST_PACED), 40_625);
+        assert_eq!(wanted(u64::MAX, Duration::from_secs(9), LEAST), MOST);
     }
 
     #[test]
@@ -130,8 +140,8 @@ mod tests {
         let (way, gigabit) = (Duration::from_millis(50), 125_000_000);
         let mut window = LEAST;
         for _ in 0..20 {
-            window = wanted((window * 20).min(gigabit), way);
+            window = wanted((window * 20).min(gigabit), way, LEAST);
         }
-        assert_eq!(window, wanted(gigabit, way));
+        assert_eq!(window, wanted(gigabit, way, LEAST));
     }
 }

@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
 
+use haulier_sys::priority;
+
 use super::StreamError;
 use crate::reader::{Chunk, PageReader};
 
@@ -26,6 +28,7 @@ pub(super) fn for_each_chunk(
     }
     thread::scope(|scope| {
         scope.spawn(move || {
+            let _ = priority::bulk();
             // Either end is gone when the other side has failed.
             while let Ok(mut chunk) = empty.recv() {
                 let outcome = match reader.read(&mut chunk) {

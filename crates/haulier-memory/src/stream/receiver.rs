@@ -2,6 +2,7 @@
 
 use haulier_proto::frame::{FrameError, Header, Kind};
 use haulier_proto::message::{self, RoundEnd};
+use haulier_sys::priority;
 use haulier_transport::channel::Channel;
 
 use super::codec::{Codec, Decompressor};
@@ -40,14 +41,22 @@ pub fn receive_rounds(
 ) -> Result<ReceiveStats, StreamError> {
     let mut receiver = FrameReceiver::new();
     let mut sum = ReceiveStats::default();
-    loop {
+    // Others live on this host.
+    let _ = priority::bulk();
+    let result = loop {
         let round = first + sum.rounds;
-        let more = receive_round(channel, &mut receiver, store, round, &mut sum, wait)?;
-        each(&sum);
-        if !more {
-            return Ok(sum);
+        match receive_round(channel, &mut receiver, store, round, &mut sum, wait) {
+            Ok(more) => {
+                each(&sum);
+                if !more {
+                    break Ok(sum);
+                }
+            }
+            Err(error) => break Err(error),
         }
-    }
+    };
+    let _ = priority::usual();
+    result
 }
 
 /// Receives a round of a channel. Returns whether another may follow.

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use haulier_proto::frame::Kind;
 use haulier_proto::message::RoundEnd;
+use haulier_sys::priority;
 use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
 
@@ -15,7 +16,7 @@ use super::ahead;
 use super::encoder::FrameSender;
 use super::limiter::{self, Limiter};
 use super::{RoundStats, StreamError, StreamOptions, discard};
-use crate::pace::Pacer;
+use crate::pace::{BESIDE_CLIENTS, Pacer};
 use crate::page::PageRange;
 use crate::reader::{Chunk, PageReader, TaskPages};
 use crate::wait::Wait;
@@ -60,7 +61,7 @@ impl PageSender {
             frames: FrameSender::limited(&options, limiter.clone()),
         };
         Ok(Self {
-            pacer: Pacer::new(&channels, &options),
+            pacer: Pacer::new(&channels, &options, BESIDE_CLIENTS),
             lanes: channels.into_iter().map(lane).collect(),
             bandwidth: options.bandwidth,
             limiter,
@@ -74,7 +75,17 @@ impl PageSender {
     pub fn hurry(&mut self) {
         self.bandwidth = None;
         self.limiter.set(None);
+        self.take_line();
+    }
+
+    /// The rounds to come leave nothing of the line to others.
+    pub fn take_line(&mut self) {
         self.pacer.release();
+    }
+
+    /// Whether others are left a part of a line that is full.
+    pub fn is_paced(&self) -> bool {
+        self.pacer.each().is_some()
     }
 
     /// Bytes per second of the line, if it was found full.
@@ -143,7 +154,11 @@ impl PageSender {
                 .iter_mut()
                 .map(|lane| {
                     let (group, work) = (&group, &work);
-                    scope.spawn(move || work(lane, group).map_err(|error| group.fail(error)))
+                    scope.spawn(move || {
+                        // The target's users do not wait for it.
+                        let _ = priority::bulk();
+                        work(lane, group).map_err(|error| group.fail(error))
+                    })
                 })
                 .collect();
             let mut sum = RoundStats::default();

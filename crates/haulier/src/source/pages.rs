@@ -117,6 +117,18 @@ impl Streams {
         }
     }
 
+    /// Takes all of the line, if it did not.
+    pub(super) fn take_line(&mut self) {
+        if let Memory::Open(sender) = &mut self.memory {
+            sender.take_line();
+        }
+    }
+
+    /// Whether others are left a part of a line that is full.
+    pub(super) fn is_paced(&self) -> bool {
+        matches!(&self.memory, Memory::Open(sender) if sender.is_paced())
+    }
+
     /// Bytes per second of the line, if it was found full.
     pub(super) fn line(&self) -> Option<u64> {
         match &self.memory {

@@ -63,6 +63,11 @@ impl Migration<'_> {
             }
             match decision {
                 Decision::Another => {}
+                Decision::TakeLine { .. } => {
+                    if let Some(streams) = &mut self.streams {
+                        streams.take_line();
+                    }
+                }
                 Decision::Throttle { percent, .. } => self.throttle(percent)?,
                 Decision::Freeze {
                     left_behind,

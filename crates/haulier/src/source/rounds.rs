@@ -116,6 +116,7 @@ impl Rounds {
             length: self.looked.duration_since(looked),
             found,
             throttle: self.throttle,
+            shared: streams.is_paced(),
         };
         debug!(?round, "round {}", self.measured.rounds.len());
         self.measured.rounds.push(round);

@@ -91,7 +91,7 @@ impl Cluster {
     pub fn bench(&self, client: &Host) -> Captured {
         let pgbench = self.programs.join("pgbench");
         let command = client.command(pgbench).args(SERVER);
-        let command = command.args(["-n", "-c", "4", "-T", "1000", "postgres"]);
+        let command = command.args(["-n", "-c", "4", "-T", "100000", "postgres"]);
         command.spawn_captured().unwrap()
     }
 

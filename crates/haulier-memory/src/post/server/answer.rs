@@ -25,7 +25,7 @@ use crate::wait::Wait;
 const LOOK: Duration = Duration::from_millis(100);
 
 /// How much of the link's time the neighbours of one page may take.
-const NEIGHBOURS_MICROS: u64 = 100;
+const NEIGHBOURS_MICROS: u64 = 50;
 
 const DOING: &str = "waiting for requests for pages";
 

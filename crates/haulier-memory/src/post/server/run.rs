@@ -16,14 +16,17 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::super::lending::Helpers;
 use super::super::push::Window;
 use super::{PageServer, ServeError, ServeOptions, ServeStats};
-use crate::pace::Pacer;
-use crate::page::PageRange;
+use crate::pace::{BESIDE_ANSWERS, Pacer};
+use crate::page::{PAGE, PageRange};
 use crate::reader::Chunk;
 use crate::stream::{FrameSender, StreamError, StreamOptions};
 use crate::wait::Wait;
 
 /// The push pauses no longer for answers that do not end: they bring pages too, but not all.
 const PAUSE: Duration = Duration::from_millis(1);
+
+/// How long a chunk may take that is pushed over a line that is full.
+const IN_HAND: Duration = Duration::from_micros(500);
 
 /// The longest a push sleeps to keep a limit of bandwidth before it looks around.
 const NAP: Duration = Duration::from_millis(20);
@@ -64,8 +67,8 @@ impl<'a> Run<'a> {
             options,
             handles: handles.map_err(system("duplicate a socket"))?,
             pacer: match memory {
-                [] => Pacer::new([faults], &options.stream),
-                memory => Pacer::new(memory, &options.stream),
+                [] => Pacer::new([faults], &options.stream, BESIDE_ANSWERS),
+                memory => Pacer::new(memory, &options.stream, BESIDE_ANSWERS),
             },
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
@@ -202,7 +205,13 @@ impl<'a> Run<'a> {
         if self.has_failed() {
             return None;
         }
-        state.order.push(self.options.chunk_pages, ranges)
+        // What is in hand cannot be answered with before it is its turn.
+        let most = self.options.chunk_pages;
+        let pages = self.pacer.each().map_or(most, |rate| {
+            let bytes = u128::from(rate) * IN_HAND.as_micros() / 1_000_000;
+            u64::try_from(bytes).map_or(most, |bytes| (bytes / PAGE).clamp(1, most))
+        });
+        state.order.push(pages, ranges)
     }
 
     /// Reads and sends pages that were taken. They are put back if that fails.
@@ -296,7 +305,9 @@ impl Lane {
     ) -> Result<bool, ServeError> {
         self.keep_limit(run, channel, wait)?;
         run.pacer.tend(channel);
-        self.window.adjust(channel, self.stats.wire_bytes);
+        let paced = run.pacer.each();
+        self.window
+            .adjust(channel, self.stats.wire_bytes, paced.is_some());
         let Some(index) = run.take(pause, &mut self.ranges) else {
             return Ok(false);
         };
