@@ -385,6 +385,43 @@ mod tests {
     }
 
     #[test]
+    fn what_is_sent_in_pieces_arrives_whole() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut a, mut b) = (
+            Channel::new(near, "b").unwrap(),
+            Channel::new(listener.accept().unwrap().0, "a").unwrap(),
+        );
+        let body: Vec<u8> = (0..300_000_u32).map(|n| (n % 251) as u8).collect();
+        let (first, rest) = body.split_at(7);
+        for piece in [Some(1), Some(1448), Some(1 << 20), Some(0), None] {
+            a.send_in_pieces(piece);
+            // One byte at a time takes a while.
+            let rest = &rest[..if piece == Some(1) { 500 } else { rest.len() }];
+            std::thread::scope(|scope| {
+                scope.spawn(|| a.send(Kind::Pages, &[first, &[], rest], &soon()).unwrap());
+                let (_, got) = b.receive(&soon()).unwrap();
+                assert!(got == [first, rest].concat(), "contents differ: {piece:?}");
+            });
+        }
+    }
+
+    #[test]
+    fn pieces_are_cut_from_the_front() {
+        let slices = [&b"abc"[..], b"", b"defg"].map(IoSlice::new);
+        let cut = |bytes| -> Vec<u8> {
+            at_most(&slices, bytes)
+                .iter()
+                .flat_map(|s| s.to_vec())
+                .collect()
+        };
+        assert_eq!(cut(2), b"ab");
+        assert_eq!(cut(3), b"abc");
+        assert_eq!(cut(5), b"abcde");
+        assert_eq!(cut(99), b"abcdefg");
+    }
+
+    #[test]
     fn a_silent_peer_meets_the_deadline_and_a_gone_one_is_noticed() {
         let (a, mut b) = pair();
         let error = b

@@ -127,6 +127,11 @@ pub struct Sent {
     pub duplicates: u64,
     /// Bytes over the memory connections.
     pub memory_wire_bytes: u64,
+    /// Bytes per second that the line carried when the rounds found it full. From then on they used
+    /// `line_share` percent of it.
+    pub line_bytes_per_second: Option<u64>,
+    /// Percent of a full line that were used, unless rounds no longer shrank.
+    pub line_share: u8,
 }
 
 /// A round.
@@ -476,6 +481,14 @@ impl Report {
         )?;
         for round in &self.rounds {
             writeln!(out, "  round    {}", round.line())?;
+        }
+        if let Some(rate) = sent.line_bytes_per_second {
+            let share = sent.line_share;
+            let rate = size(rate);
+            writeln!(
+                out,
+                "  line     full at {rate}/s; {share} % of that used beside others"
+            )?;
         }
         if let Some(after) = &self.post_copy {
             writeln!(

@@ -213,6 +213,24 @@ fn a_writer_that_outruns_the_link_is_throttled_and_has_its_time_back() {
     stage.assert_clean(1, &[]);
 }
 
+/// Others who use it have their part, unless told otherwise.
+#[test]
+fn a_line_is_known_to_be_full() {
+    let (stage, folder) = (two_hosts(HAULIER), shared_folder());
+    stage.lab.shape(Some("200mbit")).unwrap();
+    let path = folder.path().join("report");
+    let workload = rewriting(&stage, &path, "48");
+    let mut options = Mode::Hybrid.options();
+    options.extend(["--compress", "none"]);
+    for (from, to, share, known) in [(1, 2, "80", true), (2, 1, "100", false)] {
+        let options = [&options[..], &["--line-share", share]].concat();
+        let said = stage.moved(from, workload.pid(), to, &options);
+        let line = "MiB/s; 80 % of that used";
+        assert_eq!(said.contains(line), known, "{said}");
+        goes_on(&path);
+    }
+}
+
 fn open_loop_clients_lose_nothing(mode: Mode) {
     let stage = Stage::set(3, HAULIER);
     drop((stage.serve(1), stage.serve(2)));

@@ -229,7 +229,11 @@ impl Soak {
         }
         let report = self.redis.snapshot();
         assert_eq!(report.error_count, 0, "{said}: {:?}", report.errors);
-        self.cluster.goes_on(self.stage.host(3));
+        let observer = self.stage.host(3);
+        if !self.cluster.commits(observer) {
+            let activity = self.cluster.activity(observer);
+            panic!("{said}: no transactions\n{activity}\n{}", self.scene());
+        }
     }
 
     /// What a person would look at first.

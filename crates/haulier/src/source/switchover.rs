@@ -108,6 +108,8 @@ impl Migration<'_> {
         self.report.sent.image_bytes = images.bytes;
         self.report.sent.images_wire_bytes = images_wire_bytes;
         self.report.sent.ahead_pages = ahead.sent;
+        self.report.sent.line_bytes_per_second = line;
+        self.report.sent.line_share = self.line_share;
         let Some(left) = left else {
             return Ok(Event::AllSent);
         };

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use haulier_lab::{Captured, Host, Process, Signal};
 use tempfile::TempDir;
@@ -122,12 +123,29 @@ impl Cluster {
     }
 
     pub fn goes_on(&self, client: &Host) {
+        assert!(self.commits(client), "transactions are not committed");
+    }
+
+    /// Whether clients get on within a time that is long enough for every one of them.
+    pub fn commits(&self, client: &Host) -> bool {
         let count = || -> u64 {
             let count = "select count(*) from pgbench_history";
             self.ask(client, count).parse().unwrap()
         };
-        let seen = count();
-        eventually("transactions are committed", || count() > seen + 200);
+        let (seen, deadline) = (count(), Instant::now() + LONG);
+        while count() <= seen + 200 {
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        true
+    }
+
+    /// What each of its backends does, and waits for.
+    pub fn activity(&self, client: &Host) -> String {
+        let columns = "pid, client_port, state, wait_event_type, wait_event, xact_start, query";
+        self.ask(client, &format!("select {columns} from pg_stat_activity"))
     }
 }
 
