@@ -14,8 +14,9 @@
 //!   it. No round makes that cost smaller. With [`OnStall::Abort`] it is given up at once;
 //! * when rounds no longer shrink although all of the line is theirs ([`OnStall`] says how it goes
 //!   on), or when the limit of rounds or of time is reached. As long as others are left a part of the
-//!   line, that part is taken first: they lose service for the few rounds that are left, but would lose
-//!   it all the same, and at one stroke, in a longer freeze.
+//!   line, that part is taken first, as soon as a round leaves more than three quarters of what
+//!   it sent: they lose service for the few rounds that are left, but would lose it all the same, a little
+//!   in each of many rounds, or at one stroke in a longer freeze.
 //!
 //! It always ends: there are never more than [`Policy::max_rounds`] rounds, throttled or not.
 
@@ -152,11 +153,14 @@ fn aim_at_downtime(policy: &Policy, mode: Mode, measured: &Measurements) -> Deci
         };
         return freeze(mode, policy, measured, why);
     }
-    match limit.or_else(|| is_stalled(&measured.rounds).then_some(Reason::Stalled)) {
+    let last_shrank_little = measured.rounds.last().is_some_and(shrinks_little);
+    let stalled = is_stalled(&measured.rounds);
+    if limit.is_none() && (stalled || last_shrank_little) && may_take_line(measured) {
+        let why = Reason::Stalled;
+        return Decision::TakeLine { why };
+    }
+    match limit.or_else(|| stalled.then_some(Reason::Stalled)) {
         None => Decision::Another,
-        Some(why) if why == Reason::Stalled && may_take_line(measured) => {
-            Decision::TakeLine { why }
-        }
         Some(why) => on_stall(policy, mode, measured, why),
     }
 }
@@ -164,6 +168,11 @@ fn aim_at_downtime(policy: &Policy, mode: Mode, measured: &Measurements) -> Deci
 /// Whether there is more of the line to be had.
 fn may_take_line(measured: &Measurements) -> bool {
     measured.rounds.last().is_some_and(|round| round.shared)
+}
+
+/// At this pace the rounds to come would take longer in sum than three more like this one.
+fn shrinks_little(round: &Round) -> bool {
+    round.found > round.pages / 4 * 3
 }
 
 fn on_stall(policy: &Policy, mode: Mode, measured: &Measurements, why: Reason) -> Decision {
@@ -229,7 +238,7 @@ fn another_round_pays(measured: &Measurements) -> bool {
     let Some(last) = measured.rounds.last() else {
         return false;
     };
-    let shrinks = last.found <= last.pages / 4 * 3;
+    let shrinks = !shrinks_little(last);
     let (Some(now), Some(rate)) = (
         estimate::time_to_send(&measured.rounds, last.found),
         dirty_rate(&measured.rounds),

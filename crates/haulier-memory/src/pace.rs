@@ -28,6 +28,9 @@ const EACH: Duration = Duration::from_millis(20);
 pub(crate) const BESIDE_CLIENTS: Duration = Duration::from_micros(27);
 pub(crate) const BESIDE_ANSWERS: Duration = Duration::from_micros(65);
 
+/// From this percentage on a line is used as a whole.
+const WHOLE: u8 = 98;
+
 /// No piece is shorter: one packet, more or less.
 const LEAST_PIECE: u64 = 1400;
 
@@ -72,6 +75,11 @@ impl Pacer {
         let known = !channels.is_empty() && channels.iter().all(|c| tcp::path(c.socket()).is_ok());
         let share = f64::from(options.line_share) / 100.0;
         let rule = (known && share < 1.0).then(|| Rule::new(share, options.line));
+        // Who leaves next to nothing leaves it to nobody in particular.
+        let piece_time = match options.line_share {
+            ..WHOLE => piece_time,
+            _ => Duration::MAX,
+        };
         let pacer = Pacer {
             inner: Mutex::new(Inner {
                 rule,
@@ -197,7 +205,7 @@ impl Inner {
 
 /// The largest piece that goes at once, if it is to be limited.
 fn piece(rate: u64, time: Duration) -> Option<u64> {
-    let bytes = u128::from(rate) * time.as_micros() / 1_000_000;
+    let bytes = u128::from(rate).saturating_mul(time.as_micros()) / 1_000_000;
     let bytes = u64::try_from(bytes).unwrap_or(u64::MAX).max(LEAST_PIECE);
     (bytes < MOST_PIECE).then_some(bytes)
 }

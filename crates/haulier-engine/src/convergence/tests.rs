@@ -451,17 +451,17 @@ fn all_of_the_line_is_taken_before_anything_else_and_once() {
         for on_stall in OnStall::ALL {
             let policy = policy(*on_stall);
             // As fast as it is sent, while others have their part.
-            let mut rounds = plain(100_000, &[50_000, 50_000, 50_000]);
+            let mut rounds = plain(100_000, &[50_000, 40_000]);
             rounds.iter_mut().for_each(|round| round.shared = true);
             let line = Decision::TakeLine {
                 why: Reason::Stalled,
             };
             assert_eq!(decide(&policy, mode, &measured(rounds.clone())), line);
             // One such round without them says nothing yet, and is not asked for again.
-            rounds.extend(plain(50_000, &[50_000]));
+            rounds.extend(plain(40_000, &[40_000]));
             let decision = decide(&policy, mode, &measured(rounds.clone()));
             assert_eq!(decision, Decision::Another);
-            rounds.extend(plain(50_000, &[50_000]));
+            rounds.extend(plain(40_000, &[40_000]));
             let decision = decide(&policy, mode, &measured(rounds));
             assert!(
                 !matches!(decision, Decision::Another | Decision::TakeLine { .. }),
@@ -473,13 +473,20 @@ fn all_of_the_line_is_taken_before_anything_else_and_once() {
 
 #[test]
 fn what_converges_beside_others_leaves_them_their_part() {
-    let mut rounds = plain(100_000, &[5_000]);
-    rounds[0].shared = true;
-    let decision = decide(&policy(OnStall::Force), Mode::PreCopy, &measured(rounds));
-    assert!(
-        !matches!(decision, Decision::TakeLine { .. }),
-        "{decision:?}"
-    );
+    for left in [
+        &[5_000][..],
+        &[50_000],
+        &[50_000, 30_000],
+        &[50_000, 30_000, 20_000],
+    ] {
+        let mut rounds = plain(100_000, left);
+        rounds.iter_mut().for_each(|round| round.shared = true);
+        let decision = decide(&policy(OnStall::Force), Mode::PreCopy, &measured(rounds));
+        assert!(
+            !matches!(decision, Decision::TakeLine { .. }),
+            "{decision:?}"
+        );
+    }
 }
 
 fn any_mode() -> impl Strategy<Value = Mode> {
