@@ -3,7 +3,7 @@
 //! TCP fills a line until there is a queue in front of it, and whoever shares the line waits in that
 //! queue: the target's clients, and the answers to its faults. So a line that is seen to be full is
 //! not filled any more. Seen on a line of 1 Gbit/s with a queue of 20 ms: a client that writes
-//! without pause keeps 8 % of its rate beside the rounds, and nearly all of it when they take nine
+//! without pause keeps 8 % of its rate beside the rounds, and 85 % when they take nine
 //! tenths.
 
 mod rule;

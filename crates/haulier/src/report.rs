@@ -130,7 +130,7 @@ pub struct Sent {
     /// Bytes per second that the line carried when the rounds found it full. From then on they used
     /// `line_share` percent of it.
     pub line_bytes_per_second: Option<u64>,
-    /// Percent of a full line that were used, unless rounds no longer shrank.
+    /// Percent of a full line that were used, until rounds hardly shrank.
     pub line_share: u8,
 }
 
