@@ -86,10 +86,7 @@ pub enum Decision {
     /// Make another round.
     Another,
     /// Leave nothing of the line to others any more, then make another round.
-    TakeLine {
-        /// What made it necessary.
-        why: Reason,
-    },
+    TakeLine,
     /// Take so much of the CPU from the target (more than now), then make another round.
     Throttle {
         /// Per cent of the CPU time that it uses when it is left alone.
@@ -156,8 +153,7 @@ fn aim_at_downtime(policy: &Policy, mode: Mode, measured: &Measurements) -> Deci
     let last_shrank_little = measured.rounds.last().is_some_and(shrinks_little);
     let stalled = is_stalled(&measured.rounds);
     if limit.is_none() && (stalled || last_shrank_little) && may_take_line(measured) {
-        let why = Reason::Stalled;
-        return Decision::TakeLine { why };
+        return Decision::TakeLine;
     }
     match limit.or_else(|| stalled.then_some(Reason::Stalled)) {
         None => Decision::Another,
@@ -251,8 +247,8 @@ fn another_round_pays(measured: &Measurements) -> bool {
     shrinks && saved > measured.fixed / 16
 }
 
-/// Whether the last rounds with the present throttle and part of the line made no progress: none left less than the
-/// smallest remainder before it, or in each of them pages were written faster than sent.
+/// Whether the last rounds with the present throttle and part of the line made no progress: none left
+/// less than the smallest remainder before it, or in each of them pages were written faster than sent.
 fn is_stalled(rounds: &[Round]) -> bool {
     let Some(last) = rounds.last() else {
         return false;

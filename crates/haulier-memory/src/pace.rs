@@ -3,20 +3,19 @@
 //! TCP fills a line until there is a queue in front of it, and whoever shares the line waits in that
 //! queue: the target's clients, and the answers to its faults. So a line that is seen to be full is
 //! not filled any more. Seen on a line of 1 Gbit/s with a queue of 20 ms: a client that writes
-//! without pause keeps 8 % of its rate beside the rounds, and 85 % when they take nine
-//! tenths.
+//! without pause keeps 8 % of its rate beside the rounds, and 85 % when they take nine tenths.
 
 mod rule;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use haulier_sys::tcp;
 use haulier_transport::channel::Channel;
 
+use self::rule::{Look, Rule};
 use crate::stream::StreamOptions;
-use rule::{Look, Rule};
 
 /// How often the way to the peer is looked at.
 const EACH: Duration = Duration::from_millis(20);
@@ -38,7 +37,7 @@ const LEAST_PIECE: u64 = 1400;
 const MOST_PIECE: u64 = 64 << 10;
 
 /// Paces connections that carry memory, all of them over the same line. It is looked after by the
-/// threads that send, each time they have sent something.
+/// threads that send, before each thing they send.
 #[derive(Debug)]
 pub(crate) struct Pacer {
     inner: Mutex<Inner>,
@@ -134,7 +133,7 @@ impl Pacer {
         self.lock().line
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -109,8 +109,8 @@ pub fn brisk() -> io::Result<()> {
 /// What `sched_setscheduler(2)` and `setpriority(2)` say.
 pub fn usual() -> io::Result<()> {
     set(libc::SCHED_OTHER, 0)?;
-    slice(libc::SCHED_OTHER, 0)?;
-    Ok(rustix::process::setpriority_process(None, 0)?)
+    rustix::process::setpriority_process(None, 0)?;
+    slice(libc::SCHED_OTHER, 0)
 }
 
 fn set(policy: libc::c_int, priority: libc::c_int) -> io::Result<()> {

@@ -74,7 +74,9 @@ impl<W: Write> Progress for Lines<W> {
     fn decided(&mut self, decision: &Decision) {
         let _ = match decision {
             Decision::Another => Ok(()),
-            Decision::TakeLine { why } => writeln!(self.out, "taking all of the line: {why}"),
+            Decision::TakeLine => {
+                writeln!(self.out, "taking all of the line: rounds hardly shrink")
+            }
             Decision::Throttle { percent, why } => {
                 writeln!(self.out, "taking {percent} % of the CPU from it: {why}")
             }

@@ -53,7 +53,7 @@ impl Model {
         loop {
             match decide(policy, mode, &measured) {
                 Decision::Another => {}
-                Decision::TakeLine { .. } => unreachable!("it is alone on the line"),
+                Decision::TakeLine => unreachable!("it is alone on the line"),
                 Decision::Throttle { percent, .. } => throttle = percent,
                 decision => {
                     return Outcome {

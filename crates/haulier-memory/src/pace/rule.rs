@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!          a queue, and the same rate in LOOKS looks
-//!   Open ──────────────────────────────────────────▶ Paced { line } ─┐ queue all the same:
-//!    ▲                                                 │    │    ▲   │ line * CUT
+//!   Open ──────────────────────────────────────────▶ Paced { line } ─┐ queue all the same: what
+//!    ▲                     (slower until it is empty)  │    │    ▲   │ came through, or line * CUT
 //!    └──── AGAIN has passed: is there more by now? ────┘    │    └───┘
 //!    ▲                                                      │
 //!    └──── the queue is others': CUTS cuts, still there ────┘  (and stays Open for AGAIN)
@@ -33,6 +33,10 @@ const AGAIN: Duration = Duration::from_secs(10);
 /// in a row that is tried.
 const CUT: f64 = 0.9;
 const CUTS: u32 = 3;
+
+/// No cut leaves less of it: in one look nothing at all may have come through, which is a stall and no
+/// line, and who sent at that rate would hardly come to the next look.
+const MOST_CUT: f64 = 0.5;
 
 /// Part of a share that is sent while the queue runs empty which finding the line has made, and how
 /// many looks that may take.
@@ -123,7 +127,6 @@ impl Rule {
 
     /// Bytes per second to send at most; `None`: as fast as it goes.
     pub(super) fn rate(&self) -> Option<u64> {
-        // Slower than this is no line, and would round to none.
         let State::Paced { line, draining, .. } = &self.state else {
             return None;
         };
@@ -131,6 +134,7 @@ impl Rule {
             0 => self.share,
             _ => self.share * DRAIN,
         };
+        // Slower than this is no line, and would round to none.
         Some(((line * share) as u64).max(1024))
     }
 
@@ -183,7 +187,7 @@ impl Rule {
                     // If less comes through than is sent, that is the line by now.
                     let cut = *line * CUT;
                     if look.rate() < cut * self.share {
-                        *line = look.rate();
+                        *line = look.rate().max(*line * MOST_CUT);
                         *draining = DRAINING;
                     } else {
                         *line = cut;

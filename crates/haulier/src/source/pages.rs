@@ -12,12 +12,12 @@ use haulier_memory::page::PageRange;
 use haulier_memory::ranges::RangeSet;
 use haulier_memory::stream::{PageSender, RoundStats, StreamError, StreamOptions, TaskPages};
 use haulier_proto::message::Role;
+use haulier_targets::network::MoveIp;
 use haulier_transport::channel::Channel;
 use haulier_transport::error::TransportError;
 use haulier_transport::wait::Wait;
 
 use super::link::Dialer;
-use haulier_targets::network::MoveIp;
 
 pub(super) type AnyError = Box<dyn Error + Send + Sync>;
 

@@ -63,7 +63,7 @@ impl Migration<'_> {
             }
             match decision {
                 Decision::Another => {}
-                Decision::TakeLine { .. } => {
+                Decision::TakeLine => {
                     if let Some(streams) = &mut self.streams {
                         streams.take_line();
                     }

@@ -144,6 +144,21 @@ fn looks_with_a_pause_between_them_are_not_in_a_row() {
 }
 
 #[test]
+fn a_moment_in_which_nothing_comes_through_is_no_line() {
+    let mut line = Line::new(GIGABIT, 1e9);
+    line.rule = Rule::new(0.9, Some(GIGABIT as u64));
+    for _ in 0..LOOKS {
+        line.rule.take(&Look {
+            length: TICK,
+            delivered: 0,
+            way: WAY,
+            now: 100 * WAY,
+        });
+    }
+    assert_eq!(line.rule.line(), Some(GIGABIT as u64 / 2));
+}
+
+#[test]
 fn a_rate_is_never_nothing() {
     assert_eq!(Rule::new(0.9, Some(0)).rate(), Some(1024));
 }
