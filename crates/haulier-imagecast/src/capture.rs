@@ -20,6 +20,7 @@ use crate::outbox::Item;
 use crate::shelf::{Bytes, CHUNK, Shelf};
 use crate::store::INVENTORY;
 use crate::stream::{Connection, Incoming, StreamError};
+use crate::turned_away::turn_away;
 
 /// Of less than that a copy is kept, not the whole buffer it came in.
 const SMALL: usize = CHUNK / 4;
@@ -57,13 +58,19 @@ pub(crate) enum CaptureError {
          the later ones send only what has changed, do what it is for"
     )]
     PreDump,
+    /// Nobody would fetch the rest of it.
+    #[error(
+        "the dump leaves memory behind (criu dump --lazy-pages), but the image-proxy runs without \
+         --lazy-pages"
+    )]
+    NotLazy,
     /// What came is not a dump.
     #[error("{0}")]
     Wrong(String),
 }
 
 /// Takes a dump, and stays until CRIU closes its connection. On an error connection and pipes are
-/// closed, which ends CRIU's dump with the process alive.
+/// closed, which ends CRIU's dump with the process alive, and what it may have become is turned away.
 pub(crate) fn capture(
     connection: Connection,
     ticket: &Ticket,
@@ -71,7 +78,12 @@ pub(crate) fn capture(
     fetcher: Option<&Fetcher>,
     stop: &Cancel,
 ) -> Result<(), CaptureError> {
-    desk.begin(ticket.dump)?;
+    let criu = connection.peer();
+    if let Err(error) = desk.begin(ticket.dump) {
+        drop(connection);
+        turn_away(criu);
+        return Err(error.into());
+    }
     let mut dump = Capture {
         connection,
         ticket,
@@ -83,28 +95,20 @@ pub(crate) fn capture(
         inventory: false,
         connected: true,
         taken: false,
+        fetched: false,
     };
-    while dump.connected || !dump.taken {
-        dump.wait(stop)?;
-        let asked = desk.is_asked_to_finish(ticket.dump)?;
-        dump.accept()?;
-        dump.read()?;
-        // A dump that leaves pages behind stays connected until they are fetched.
-        // Its inventory is the last image.
-        let served = dump.inventory && desk.is_serving(ticket.dump);
-        let complete = asked || !dump.connected || served;
-        if !dump.taken && dump.images.is_empty() && complete {
-            if !dump.inventory {
-                let what = "CRIU ended the dump before it was complete; its log says why";
-                return Err(CaptureError::Wrong(what.to_owned()));
-            }
-            desk.taken(ticket.dump, dump.count, dump.bytes)?;
-            dump.taken = true;
+    let result = dump.take(stop);
+    let fetched = dump.fetched;
+    drop(dump);
+    if result.is_err() && !fetched {
+        if let Some(fetcher) = fetcher {
+            fetcher.refuse_given();
         }
+        turn_away(criu);
     }
     // Until the next one the memory may be of use to others.
     desk.shelf().clear();
-    Ok(())
+    result
 }
 
 struct Capture<'a> {
@@ -119,6 +123,8 @@ struct Capture<'a> {
     inventory: bool,
     connected: bool,
     taken: bool,
+    /// Whether a thread fetches what it leaves behind, and so decides how it ends.
+    fetched: bool,
 }
 
 /// An image that CRIU is writing.
@@ -142,6 +148,33 @@ enum Form {
 }
 
 impl Capture<'_> {
+    fn take(&mut self, stop: &Cancel) -> Result<(), CaptureError> {
+        let (desk, dump) = (self.desk, self.ticket.dump);
+        // Before anything is frozen, if it can be told.
+        if self.fetcher.is_none() && self.connection.is_told_lazy() {
+            return Err(CaptureError::NotLazy);
+        }
+        while self.connected || !self.taken {
+            self.wait(stop)?;
+            let asked = desk.is_asked_to_finish(dump)?;
+            self.accept()?;
+            self.read()?;
+            // A dump that leaves pages behind stays connected until they are fetched.
+            // Its inventory is the last image.
+            let served = self.inventory && desk.is_serving(dump);
+            let complete = asked || !self.connected || served;
+            if !self.taken && self.images.is_empty() && complete {
+                if !self.inventory {
+                    let what = "CRIU ended the dump before it was complete; its log says why";
+                    return Err(CaptureError::Wrong(what.to_owned()));
+                }
+                desk.taken(dump, self.count, self.bytes)?;
+                self.taken = true;
+            }
+        }
+        Ok(())
+    }
+
     /// Waits until there is something to do.
     fn wait(&mut self, stop: &Cancel) -> Result<(), CaptureError> {
         let mut fds = vec![PollFd::from_borrowed_fd(self.ticket.wake(), PollFlags::IN)];
@@ -274,7 +307,7 @@ impl Capture<'_> {
 
 impl Capture<'_> {
     /// Pages of a task are not in the images.
-    fn left_behind(&self, task: u32, left: &LeftBehind) -> Result<(), CaptureError> {
+    fn left_behind(&mut self, task: u32, left: &LeftBehind) -> Result<(), CaptureError> {
         // A task with a thread whose stack pointer is at the beginning of a page leaves nothing (CRIU 4.2.1
         // takes all of it for stack), but CRIU becomes a page server all the same.
         let lazy = self.connection.is_told_lazy() || self.fetcher.is_some_and(Fetcher::is_given);
@@ -282,9 +315,7 @@ impl Capture<'_> {
             return Ok(());
         }
         let Some(fetcher) = self.fetcher else {
-            let what = "the dump leaves memory behind (criu dump --lazy-pages), but the image-proxy \
-                        runs without --lazy-pages";
-            return Err(CaptureError::Wrong(what.to_owned()));
+            return Err(CaptureError::NotLazy);
         };
         let dump = self.ticket.dump;
         if self.desk.left_behind(dump, task, left)? {
@@ -295,6 +326,7 @@ impl Capture<'_> {
                 .name("fetch".to_owned())
                 .spawn(move || fetcher.run(dump, server))
                 .map_err(CaptureError::Wait)?;
+            self.fetched = true;
         }
         Ok(())
     }

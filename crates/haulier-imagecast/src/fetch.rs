@@ -110,6 +110,17 @@ impl Fetcher {
         }
     }
 
+    /// Has the dump fail that was given a connection which nobody has taken, if there is one.
+    pub(crate) fn refuse_given(&self) {
+        if let Servers::Given(newest) = &self.servers {
+            let given = newest.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(Connected { socket, keeper }) = given {
+                page_server::refuse(socket);
+                keeper.into_iter().for_each(Keeper::over);
+            }
+        }
+    }
+
     /// Makes sure that a dump which leaves memory behind does not end by the death of this process,
     /// and finds its page server. `criu`: its pid, if known.
     ///

@@ -39,6 +39,7 @@ pub mod settle;
 mod shelf;
 mod store;
 mod stream;
+mod turned_away;
 
 #[cfg(test)]
 mod tests;

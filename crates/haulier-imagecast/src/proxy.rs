@@ -32,6 +32,7 @@ use crate::local::{self, LocalError, LocalListener};
 use crate::message::Bye;
 use crate::message::session::Body;
 use crate::stream::{CAPTURE_SOCKET, Connection};
+use crate::turned_away::turn_away;
 
 /// How long a proxy waits before it tries to connect again.
 const RETRY: Duration = Duration::from_millis(300);
@@ -396,17 +397,20 @@ impl Door {
     }
 
     fn dump(&self, socket: OwnedFd, stop: &Cancel) {
+        let connection = Connection::new(socket);
+        let criu = connection.peer();
         let ticket = match self.desk.register(&self.target) {
             Ok(ticket) => ticket,
             Err(error) => {
                 tracing::warn!("a dump of {} was turned away: {error}", self.target);
+                drop(connection);
+                turn_away(criu);
                 return;
             }
         };
         let (desk, stop, number) = (Arc::clone(&self.desk), stop.clone(), ticket.dump);
         let fetcher = self.fetcher.clone();
         let started = self.start("dump", move || {
-            let connection = Connection::new(socket);
             if let Err(error) =
                 capture::capture(connection, &ticket, &desk, fetcher.as_ref(), &stop)
             {
@@ -415,6 +419,7 @@ impl Door {
         });
         if !started {
             self.desk.fail(number, "there is no thread for it");
+            turn_away(criu);
         }
     }
 

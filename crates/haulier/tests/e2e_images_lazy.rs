@@ -463,6 +463,39 @@ fn memory_is_left_behind_only_if_both_sides_were_told() {
     assert!(said.contains(plain), "{said}");
 }
 
+/// CRIU becomes a page server even if its script says no, and nobody fetches.
+#[test]
+fn a_proxy_that_learns_too_late_that_memory_is_left_behind_has_the_process_run_on() {
+    let cast = Cast::new();
+    let folder = cast.folder.path();
+    let Some(program) = compiled("small", folder, &["-static"]) else {
+        return;
+    };
+    let (program, place) = (program.to_str().unwrap(), folder.to_str().unwrap());
+    let pid = start(cast.stage.host(1), &[program, place]).pid();
+    says(&cast.stage, pid, folder, "ready 1");
+    let _cache = cast.lazy_cache(&[]);
+    let proxy = cast.proxy(&[]);
+    let connected = proxy.wait_for_output("connected to the image-cache", LONG);
+    connected.unwrap();
+
+    proxy.process.kill(Signal::STOP).unwrap();
+    let dump = cast.dump_with_vote(pid, &LEAVING).spawn_captured();
+    eventually("the dump waits for its script", || {
+        let script = "grep -ql '=post-dump' $(ls -d /proc/[0-9]*/environ)";
+        let script = cast.stage.host(1).shell(script);
+        script.unwrap().status.success()
+    });
+    proxy.process.kill(Signal::CONT).unwrap();
+
+    assert!(!dump.unwrap().finish(LONG).unwrap().status.success());
+    let said = proxy.stderr().unwrap();
+    let plain = "the image-proxy runs without --lazy-pages";
+    assert!(said.contains(plain), "{said}");
+    fs::write(folder.join("go-1"), "").unwrap();
+    says(&cast.stage, pid, folder, "good 1");
+}
+
 #[test]
 fn a_dump_that_left_nothing_behind_is_restored_without_lazy_pages_only() {
     let cast = Cast::new();
