@@ -265,6 +265,11 @@ impl PageStore {
         self.lock().lookup(task, address, max_pages)
     }
 
+    /// The contents of a page, if the store has those that came in this very round.
+    pub(crate) fn of_round(&self, task: u32, address: u64, round: u32) -> Option<PageData> {
+        self.lock().tasks.get(&task)?.of_round(address, round)
+    }
+
     /// As [`Self::lookup`], of all pages from there on up to the first that is absent; at least of one.
     pub fn lookup_all(&self, task: u32, address: u64, max_pages: u64) -> Vec<Lookup> {
         let state = self.lock();

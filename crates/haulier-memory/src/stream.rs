@@ -1,10 +1,11 @@
 //! Memory streams: pages from tasks over N channels into the store.
 //!
-//! On each channel come rounds, and of each round what is gone ([`discard`]), any number of page
-//! frames ([`frame`]) and a `RoundEnd` that says how many pages there were. Nothing on one channel
-//! depends on what another has brought.
+//! On each channel come rounds, and of each round what is gone ([`discard`]), any number of frames of
+//! pages ([`frame`]) and of changes to pages ([`changes`]), and a `RoundEnd` that says how many pages
+//! there were. Nothing on one channel depends on what another has brought in the same round.
 
 mod ahead;
+mod changes;
 mod choice;
 mod codec;
 mod dictionary;
@@ -16,6 +17,7 @@ mod options;
 mod receiver;
 mod sender;
 mod stats;
+mod versions;
 
 use haulier_sys::wait::Wait;
 use haulier_transport::channel::Channel;

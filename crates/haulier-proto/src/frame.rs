@@ -42,11 +42,13 @@ pub enum Kind {
     ImageSession = 14,
     /// Pages that a dump left behind, and their contents (see `haulier-imagecast`).
     LazyPages = 15,
+    /// What changed of pages that were sent before (see `haulier-memory`).
+    PageChanges = 16,
 }
 
 impl Kind {
     /// Every kind, in wire order.
-    pub const ALL: [Kind; 15] = [
+    pub const ALL: [Kind; 16] = [
         Kind::Hello,
         Kind::Welcome,
         Kind::Control,
@@ -62,6 +64,7 @@ impl Kind {
         Kind::Discard,
         Kind::ImageSession,
         Kind::LazyPages,
+        Kind::PageChanges,
     ];
 
     /// The longest body a frame of this kind may have, in bytes. A receiver refuses a longer one
@@ -76,7 +79,7 @@ impl Kind {
             Kind::Control => 16 << 20,
             Kind::ImageData | Kind::LazyPages => (1 << 20) + 64,
             // 1024 pages of 4 KiB and their run table.
-            Kind::Pages | Kind::BankPages => (4 << 20) + (64 << 10),
+            Kind::Pages | Kind::BankPages | Kind::PageChanges => (4 << 20) + (64 << 10),
             Kind::FaultRequest | Kind::Discard | Kind::ImageSession => 64 << 10,
             // The longest packet that offloading makes, and what goes with it.
             Kind::Packet => (64 << 10) + 256,

@@ -5,16 +5,16 @@
 //! it is dropped; a free page is used before a new arena is made, and an arena without a used page
 //! goes back to the kernel, except for a few that are kept warm.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::ops::{Deref, DerefMut, Range};
-use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+mod arena;
 
-use std::collections::BTreeSet;
+use arena::Arena;
 
 /// Bytes of a page of the pool, whatever the machine's own are.
 pub const PAGE_BYTES: usize = 4096;
@@ -58,7 +58,7 @@ struct Arenas {
     partial: BTreeSet<usize>,
     /// How many of them have no used page.
     warm: usize,
-    /// Free pages of all.
+    /// Free pages of all that have memory.
     free_pages: usize,
 }
 
@@ -68,6 +68,8 @@ struct Slot {
     /// A bit for each page.
     free: [u64; WORDS],
     free_pages: usize,
+    /// A bit for each free page whose memory the kernel has back.
+    bare: [u64; WORDS],
 }
 
 impl PagePool {
@@ -151,8 +153,9 @@ impl Inner {
         self.arenas.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn free(&self, slot: usize, pages: Range<usize>) {
-        let unused = self.lock().give_back(slot, pages.clone());
+    /// Of pages that nobody has any more, and that are `bare` if they have no memory.
+    fn free(&self, slot: usize, pages: Range<usize>, bare: bool) {
+        let unused = self.lock().give_back(slot, pages.clone(), bare);
         let bytes = (pages.len() * PAGE_BYTES) as u64;
         self.used.fetch_sub(bytes, Ordering::Relaxed);
         // Unmapped without the lock.
@@ -166,6 +169,7 @@ impl Arenas {
             arena: Arc::new(arena),
             free: [u64::MAX; WORDS],
             free_pages: ARENA_PAGES,
+            bare: [0; WORDS],
         });
         let index = match self.vacant.pop() {
             Some(index) => {
@@ -198,100 +202,47 @@ impl Arenas {
         while end < ARENA_PAGES && end - first < most && is_free(end) {
             end += 1;
         }
+        let mut bare = 0;
         for page in first..end {
-            slot.free[page / 64] &= !(1 << (page % 64));
+            let bit = 1 << (page % 64);
+            slot.free[page / 64] &= !bit;
+            bare += usize::from(slot.bare[page / 64] & bit != 0);
+            slot.bare[page / 64] &= !bit;
         }
         slot.free_pages -= end - first;
-        self.free_pages -= end - first;
+        self.free_pages -= end - first - bare;
         if slot.free_pages == 0 {
             self.partial.remove(&index);
         }
         (slot.arena.clone(), first..end)
     }
 
-    /// Marks pages free. Returns the arena if nothing of it is needed any more.
-    fn give_back(&mut self, index: usize, pages: Range<usize>) -> Option<Slot> {
+    /// Marks pages free, which are `bare` if they have no memory. Returns the arena if nothing of it is
+    /// needed any more.
+    fn give_back(&mut self, index: usize, pages: Range<usize>, bare: bool) -> Option<Slot> {
         let slot = self.slots[index].as_mut()?;
         slot.free_pages += pages.len();
-        self.free_pages += pages.len();
+        if !bare {
+            self.free_pages += pages.len();
+        }
         for page in pages {
-            slot.free[page / 64] |= 1 << (page % 64);
+            let bit = 1 << (page % 64);
+            slot.free[page / 64] |= bit;
+            slot.bare[page / 64] |= if bare { bit } else { 0 };
         }
         self.partial.insert(index);
         if slot.free_pages < ARENA_PAGES {
             return None;
         }
-        if self.warm < WARM {
+        let bare: u32 = slot.bare.iter().map(|word| word.count_ones()).sum();
+        if self.warm < WARM && bare == 0 {
             self.warm += 1;
             return None;
         }
         self.partial.remove(&index);
-        self.free_pages -= ARENA_PAGES;
+        self.free_pages -= ARENA_PAGES - bare as usize;
         self.vacant.push(index);
         self.slots[index].take()
-    }
-}
-
-/// A mapping, and how many [`Pages`] have each of its pages.
-struct Arena {
-    base: NonNull<u8>,
-    holders: [AtomicU32; ARENA_PAGES],
-}
-
-// SAFETY: the mapping belongs to the arena alone and may be used from any thread; who may access
-// which page of it is decided by the holders of Pages and PagesMut.
-unsafe impl Send for Arena {}
-// SAFETY: as above.
-unsafe impl Sync for Arena {}
-
-impl Arena {
-    fn map(backing: Backing) -> io::Result<Self> {
-        let twice = 2 * ARENA_BYTES;
-        let flags = MapFlags::PRIVATE;
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping wherever the kernel likes.
-        let start = unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), twice, prot, flags) }?;
-        let before = start.align_offset(ARENA_BYTES);
-        let base = start.wrapping_byte_add(before);
-        // What is too much goes back; failing that, it stays unused.
-        if before > 0 {
-            // SAFETY: the beginning of the mapping just made, to which no reference exists.
-            let _ = unsafe { rustix::mm::munmap(start, before) };
-        }
-        let end = base.wrapping_byte_add(ARENA_BYTES);
-        // SAFETY: the rest of the mapping just made, to which no reference exists.
-        let _ = unsafe { rustix::mm::munmap(end, ARENA_BYTES - before) };
-        // Only a wish: without huge pages all works, slower.
-        let advice = match backing {
-            Backing::Huge => Advice::LinuxHugepage,
-            Backing::Small => Advice::LinuxPopulateWrite,
-        };
-        // SAFETY: inside the mapping just made; the advice changes no contents.
-        let _ = unsafe { rustix::mm::madvise(base, ARENA_BYTES, advice) };
-        let base = NonNull::new(base.cast::<u8>())
-            .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        Ok(Self {
-            base,
-            holders: [const { AtomicU32::new(1) }; ARENA_PAGES],
-        })
-    }
-
-    fn at(&self, page: usize) -> *mut u8 {
-        debug_assert!(page <= ARENA_PAGES, "page {page}");
-        self.base.as_ptr().wrapping_add(page * PAGE_BYTES)
-    }
-}
-
-impl Drop for Arena {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `map` at this length; no Pages exist, as each keeps the arena alive.
-        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), ARENA_BYTES) };
-    }
-}
-
-impl fmt::Debug for Arena {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Arena({:p})", self.base)
     }
 }
 
@@ -386,6 +337,62 @@ impl Pages {
         rest
     }
 
+    /// The same pages, to be written again, if nobody else has one of them.
+    pub fn unshared(&mut self) -> Option<&mut [u8]> {
+        let pages = usize::from(self.first)..usize::from(self.first) + self.count();
+        let holders = &self.arena.holders[pages];
+        // What others have read they have read before they let go.
+        let alone = |holders: &AtomicU32| holders.load(Ordering::Acquire) == 1;
+        if !holders.iter().all(alone) {
+            return None;
+        }
+        let start = self.arena.at(self.first.into());
+        // SAFETY: as for reading; and we are the only holder of each page, so that others could be made
+        // only through us, of whom this is the only borrow.
+        Some(unsafe { std::slice::from_raw_parts_mut(start, self.count() * PAGE_BYTES) })
+    }
+
+    /// Drops these pages and gives the memory of those that nobody else has back to the kernel at once,
+    /// unless the pool is short of free pages: for what will not come again while others need memory. Of
+    /// an arena in one huge page the first costs the kernel some 0.1 ms.
+    pub fn give_back(mut self) {
+        let pool = self.pool.clone();
+        let enough = pool.lock().free_pages >= WARM * ARENA_PAGES;
+        let arena = self.arena.clone();
+        self.let_go(|pages| {
+            // SAFETY: asked only for pages that nobody has, before they are among the free ones.
+            enough && unsafe { arena.release(pages) }
+        });
+        self.count = 0;
+    }
+
+    /// Frees the pages that nobody else has. `is_bare` is asked, of each run of them and while nobody can
+    /// take them, whether they have lost their memory.
+    fn let_go(&mut self, is_bare: impl Fn(Range<usize>) -> bool) {
+        let first = usize::from(self.first);
+        let end = first + self.count();
+        let free = |pages: Range<usize>| {
+            if !pages.is_empty() {
+                let bare = is_bare(pages.clone());
+                self.pool.free(self.slot as usize, pages, bare);
+            }
+        };
+        let mut from = first;
+        for page in first..end {
+            let holders = &self.arena.holders[page];
+            // The last one frees, after all that others have done with the page.
+            if holders.fetch_sub(1, Ordering::Release) == 1 {
+                fence(Ordering::Acquire);
+                // For the next that takes it.
+                holders.store(1, Ordering::Relaxed);
+                continue;
+            }
+            free(from..page);
+            from = page + 1;
+        }
+        free(from..end);
+    }
+
     /// Takes `next` in if it goes on where these end, else gives it back.
     pub fn join(&mut self, mut next: Pages) -> Option<Pages> {
         let goes_on =
@@ -418,28 +425,7 @@ impl Deref for Pages {
 
 impl Drop for Pages {
     fn drop(&mut self) {
-        let (first, end) = (
-            usize::from(self.first),
-            usize::from(self.first) + self.count(),
-        );
-        let mut from = first;
-        for page in first..end {
-            let holders = &self.arena.holders[page];
-            // The last one frees, after all that others have done with the page.
-            if holders.fetch_sub(1, Ordering::Release) == 1 {
-                fence(Ordering::Acquire);
-                // For the next that takes it.
-                holders.store(1, Ordering::Relaxed);
-                continue;
-            }
-            if from < page {
-                self.pool.free(self.slot as usize, from..page);
-            }
-            from = page + 1;
-        }
-        if from < end {
-            self.pool.free(self.slot as usize, from..end);
-        }
+        self.let_go(|_| false);
     }
 }
 

@@ -127,6 +127,8 @@ pub struct Sent {
     pub zero_pages: u64,
     /// Pages of which only a reference to an equal one is sent.
     pub duplicates: u64,
+    /// Pages of which only what changed since they were sent last is sent.
+    pub changed_pages: u64,
     /// Bytes over the memory connections.
     pub memory_wire_bytes: u64,
     /// Bytes per second that the line carried when the rounds found it full. From then on they used
@@ -149,6 +151,8 @@ pub struct RoundReport {
     pub zero: u64,
     /// Pages that are equal to one that was sent.
     pub duplicates: u64,
+    /// Pages of which only what changed since they were sent last was sent.
+    pub changed: u64,
     /// Pages that were gone when they were to be read.
     pub vanished: u64,
     /// What all of them measure.
@@ -179,6 +183,7 @@ impl RoundReport {
             normal: stats.normal,
             zero: stats.zero_pages,
             duplicates: stats.duplicates,
+            changed: stats.changed,
             vanished: stats.vanished,
             raw_bytes: stats.raw_bytes,
             wire_bytes: stats.wire_bytes,
@@ -194,9 +199,12 @@ impl RoundReport {
 
     /// The round in a line.
     fn line(&self) -> String {
-        let compressed = match self.compression.as_str() {
-            "none" => String::new(),
-            codec => format!(" ({codec}: {})", size(self.wire_bytes)),
+        let wire = size(self.wire_bytes);
+        let compressed = match (self.compression.as_str(), self.changed) {
+            ("none", 0) => String::new(),
+            ("none", _) => format!(" (changes only: {wire})"),
+            (codec, 0) => format!(" ({codec}: {wire})"),
+            (codec, _) => format!(" (changes only, {codec}: {wire})"),
         };
         let throttled = match self.throttle {
             0 => String::new(),
@@ -405,6 +413,7 @@ impl Report {
         self.sent.pages += stats.pages;
         self.sent.zero_pages += stats.zero_pages;
         self.sent.duplicates += stats.duplicates;
+        self.sent.changed_pages += stats.changed;
         self.sent.memory_wire_bytes += stats.wire_bytes;
         if frozen {
             self.frozen_pages += stats.pages;
@@ -462,9 +471,14 @@ impl Report {
                 count(self.rounds.len(), "round", "rounds")
             )
         });
+        let changed = match sent.changed_pages {
+            0 => String::new(),
+            pages => format!(", {pages} changed"),
+        };
         writeln!(
             out,
-            "  memory   {}{tracker}; {} pages ({}), {} zero, {} duplicate; {} frozen, {} left behind",
+            "  memory   {}{tracker}; {} pages ({}), {} zero, {} duplicate{changed}; {} frozen, {} left \
+             behind",
             self.mode,
             sent.pages,
             size(sent.pages * 4096),

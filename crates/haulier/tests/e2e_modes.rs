@@ -53,6 +53,7 @@ macro_rules! in_every_mode {
 in_every_mode! {
     a_process_that_forks_all_the_time
     sixty_four_writing_threads
+    pages_of_which_a_little_changes
     ten_thousand_areas
     a_stack_pointer_at_the_beginning_of_a_page
     memory_that_changes_without_a_write
@@ -69,6 +70,14 @@ fn a_process_that_forks_all_the_time(mode: Mode) {
 
 fn sixty_four_writing_threads(mode: Mode) {
     one_program("writers", &[], mode, "40MiB");
+}
+
+/// With a limit only that is sent again.
+fn pages_of_which_a_little_changes(mode: Mode) {
+    for report in one_program("touches", &[], mode, "16MiB") {
+        let rounds = matches!(mode, Mode::PreCopy | Mode::Hybrid);
+        assert_eq!(report.contains(" changed; "), rounds, "{report}");
+    }
 }
 
 fn ten_thousand_areas(mode: Mode) {
@@ -285,22 +294,23 @@ fn open_loop_clients_lose_nothing(mode: Mode) {
     assert!(stage.host(1).process_alive(root));
 }
 
-/// Moves a C program of `programs` there and back, in rounds if the mode has any.
+/// Moves a C program of `programs` there and back, in rounds if the mode has any. Returns the reports.
 #[track_caller]
-fn one_program(name: &str, before: &[&str], mode: Mode, bandwidth: &'static str) {
+fn one_program(name: &str, before: &[&str], mode: Mode, bandwidth: &'static str) -> Vec<String> {
     let (stage, folder) = (two_hosts(HAULIER), shared_folder());
     let Some(binary) = compiled(name, folder.path(), &[]) else {
-        return;
+        return Vec::new();
     };
     let own = [&*binary, folder.path()].map(|path| path.to_str().unwrap());
     let argv = [before, &own].concat();
     let options = mode.slow_options(bandwidth);
     let reports = stage::play::moves_and_returns(&stage, &argv, folder.path(), &options);
-    for report in reports {
+    for report in &reports {
         let rounds = report.lines().filter(|line| line.contains(" round "));
         // Else the test would say nothing about what happens between rounds.
         assert!(mode != Mode::PreCopy || rounds.count() > 1, "{report}");
     }
+    reports.into()
 }
 
 /// A workload of so many MiB that rewrites and checks it.

@@ -183,7 +183,7 @@ impl fmt::Debug for BatchBuffer {
 /// Contents of successive pages, which stay in memory, and are counted, as long as any such slice
 /// of them lives.
 #[derive(Debug, Clone)]
-pub struct PageData(pub(super) Pages);
+pub struct PageData(pub(crate) Pages);
 
 impl Deref for PageData {
     type Target = [u8];

@@ -64,18 +64,56 @@ impl Extents {
             .map(|(at, extent)| (*at, at + extent.pages * PAGE))
             .collect();
         if kept.is_empty() {
-            self.remove_whole(start, end);
-            self.put(start, end, round, content);
+            self.replace(start, end, round, content);
             return;
         }
         let mut from = start;
         for (kept_start, kept_end) in kept.into_iter().chain([(end, end)]) {
             if from < kept_start {
-                self.remove_whole(from, kept_start);
                 let part = content.part((from - start) / PAGE, (kept_start - start) / PAGE);
-                self.put(from, kept_start, round, part);
+                self.replace(from, kept_start, round, part);
             }
             from = kept_end;
+        }
+    }
+
+    /// Puts pages in the place of all that is in `[start, end)`, whose ends are borders.
+    ///
+    /// Contents that were there before are overwritten, if nobody else has them: so pages stay in memory
+    /// in the order of their addresses, however often they come. When they are placed in that order,
+    /// whole arenas become free at once, and it is their memory that the kernel gives to the tasks. Of a
+    /// virtual machine any other may be such that its host has to find it first.
+    fn replace(&mut self, start: u64, end: u64, round: u32, content: Content) {
+        let Content::Data(new) = &content else {
+            self.remove_whole(start, end);
+            self.put(start, end, round, content);
+            return;
+        };
+        let mut overwritten = Vec::new();
+        for (at, extent) in self.by_start.range_mut(start..end) {
+            let Content::Data(old) = &mut extent.content else {
+                continue;
+            };
+            if let Some(old) = old.unshared() {
+                let from = (at - start) as usize;
+                old.copy_from_slice(&new[from..from + old.len()]);
+                extent.round = round;
+                overwritten.push((*at, at + extent.pages * PAGE));
+            }
+        }
+        if overwritten.is_empty() {
+            self.remove_whole(start, end);
+            self.put(start, end, round, content);
+            return;
+        }
+        let mut from = start;
+        for (at, behind) in overwritten.into_iter().chain([(end, end)]) {
+            if from < at {
+                self.remove_whole(from, at);
+                let part = content.part((from - start) / PAGE, (at - start) / PAGE);
+                self.put(from, at, round, part);
+            }
+            from = behind;
         }
     }
 
@@ -134,7 +172,19 @@ impl Extents {
         )
     }
 
-    /// Adds `[start, end)`, where nothing is.
+    /// The contents of the page at an address, if they came in this round.
+    pub(super) fn of_round(&self, address: u64, round: u32) -> Option<PageData> {
+        let (start, extent) = self.by_start.range(..=address).next_back()?;
+        let skip = (address - start) / PAGE;
+        match &extent.content {
+            Content::Data(data) if extent.round == round && skip < extent.pages => {
+                let from = skip as usize;
+                Some(PageData(data.share(from..from + 1)))
+            }
+            _ => None,
+        }
+    }
+
     /// The parts of a range that no extent covers.
     pub(super) fn gaps(&self, range: PageRange) -> Vec<PageRange> {
         let mut gaps = Vec::new();
@@ -155,6 +205,7 @@ impl Extents {
         gaps
     }
 
+    /// Adds `[start, end)`, where nothing is.
     fn put(&mut self, start: u64, end: u64, round: u32, content: Content) {
         let pages = (end - start) / PAGE;
         // Zero pages come in many small runs that lie side by side.

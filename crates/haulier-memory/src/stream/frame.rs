@@ -72,6 +72,23 @@ pub enum PageFrameError {
         /// Bytes by its runs.
         expected: usize,
     },
+    /// More blocks of a page changed than it has.
+    #[error("it changes blocks {0:#x} of a page")]
+    Blocks(u32),
+    /// It changes a version of a page that never came, or was dropped.
+    #[error("it changes the page at {address:#x} of round {round}, which is not here")]
+    Base {
+        /// The page.
+        address: u64,
+        /// The round of the version.
+        round: u32,
+    },
+    /// A page is not what its hash says once it was changed.
+    #[error("the page at {address:#x} does not become the one that was sent")]
+    Changed {
+        /// The page.
+        address: u64,
+    },
     /// A page is said to be one that was never sent.
     #[error("it refers to page {0} of the dictionary, which there is not")]
     Reference(u32),

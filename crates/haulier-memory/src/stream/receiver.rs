@@ -5,6 +5,7 @@ use haulier_proto::message::{self, RoundEnd};
 use haulier_sys::priority;
 use haulier_transport::channel::Channel;
 
+use super::changes;
 use super::codec::{Codec, Decompressor};
 use super::dictionary::Received;
 use super::frame::{self, Run, RunKind};
@@ -77,6 +78,9 @@ fn receive_round(
                 sum.pages += got.pages;
                 sum.zero_pages += got.zero_pages;
                 sum.duplicates += got.duplicates;
+            }
+            changes::KIND => {
+                sum.pages += receiver.receive_changes(channel, &header, store, round, wait)?;
             }
             Kind::Discard => {
                 let body = receive_body(channel, &header, wait)?;
@@ -256,6 +260,61 @@ impl FrameReceiver {
             duplicates: totals.references as u64,
             runs: &self.runs,
         })
+    }
+
+    /// Receives the frame of changes with this header, which was just received: pages of the store as
+    /// they are by now. How many.
+    ///
+    /// # Errors
+    /// [`StreamError`]; the channel is of no more use then.
+    fn receive_changes(
+        &mut self,
+        channel: &mut Channel,
+        header: &Header,
+        store: &PageStore,
+        round: u32,
+        wait: &Wait,
+    ) -> Result<u64, StreamError> {
+        let body = receive_body(channel, header, wait)?;
+        let changes = changes::decode(&body).map_err(|reason| invalid(channel, reason))?;
+        check_round(channel, round, changes.round)?;
+        let mut blocks = changes.blocks;
+        if changes.codec != Codec::None {
+            let expected = changes.bytes;
+            self.decoded.resize(expected, 0);
+            let (codec, decoded) = (changes.codec, &mut self.decoded);
+            if !self.decompressor.decompress(codec, blocks, decoded) {
+                return Err(invalid(channel, PageFrameError::Compressed { expected }));
+            }
+            blocks = &self.decoded;
+        }
+        let mut pages = store.pages(changes.pages.len())?;
+        let places = pages.parts().into_iter();
+        let places = places.flat_map(|part| part.chunks_exact_mut(PAGE_BYTES));
+        for (page, place) in changes.pages.iter().zip(places) {
+            let address = page.address;
+            let Some(base) = store.of_round(changes.task, address, page.change.base) else {
+                let round = page.change.base;
+                return Err(invalid(channel, PageFrameError::Base { address, round }));
+            };
+            place.copy_from_slice(&base);
+            if !changes::apply(place, page, &mut blocks) {
+                return Err(invalid(channel, PageFrameError::Changed { address }));
+            }
+        }
+        let mut filled = pages.freeze();
+        let mut parts = Vec::with_capacity(changes.pages.len());
+        for page in &changes.pages {
+            let contents = filled.take(1);
+            let contents = contents.ok_or_else(|| invalid(channel, PageFrameError::Short))?;
+            let range = PageRange {
+                start: page.address,
+                pages: 1,
+            };
+            parts.push((range, Content::Data(contents)));
+        }
+        store.insert_parts(changes.task, round, parts)?;
+        Ok(changes.pages.len() as u64)
     }
 
     /// Which pages go where, by the runs of the frame and the contents that came.

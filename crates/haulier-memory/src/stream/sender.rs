@@ -15,6 +15,7 @@ use haulier_transport::error::TransportError;
 use super::ahead;
 use super::encoder::FrameSender;
 use super::limiter::{self, Limiter};
+use super::versions::Versions;
 use super::{RoundStats, StreamError, StreamOptions, discard};
 use crate::pace::{BESIDE_CLIENTS, Pacer};
 use crate::page::PageRange;
@@ -34,6 +35,7 @@ pub struct PageSender {
     limiter: Arc<Limiter>,
     bandwidth: Option<u64>,
     pacer: Pacer,
+    versions: Arc<Versions>,
     processors: usize,
     next_round: u32,
     failed: bool,
@@ -56,13 +58,18 @@ impl PageSender {
             return Err(StreamError::NoChannel);
         }
         let limiter = Arc::new(Limiter::new(options.bandwidth));
+        let versions = Arc::new(Versions::new());
+        if options.bandwidth.or(options.line).is_some() {
+            versions.keep();
+        }
         let lane = |channel| Lane {
             channel,
-            frames: FrameSender::limited(&options, limiter.clone()),
+            frames: FrameSender::sharing(&options, limiter.clone(), Some(versions.clone())),
         };
         Ok(Self {
             pacer: Pacer::new(&channels, &options, BESIDE_CLIENTS),
             lanes: channels.into_iter().map(lane).collect(),
+            versions,
             bandwidth: options.bandwidth,
             limiter,
             processors: thread::available_parallelism().map_or(1, NonZero::get),
@@ -83,6 +90,12 @@ impl PageSender {
         self.pacer.release();
     }
 
+    /// The pages of the rounds to come are sent whole: the peer may have put those that it had in their
+    /// places.
+    pub fn send_whole(&mut self) {
+        self.versions.clear();
+    }
+
     /// Whether others are left a part of a line that is full.
     pub fn is_paced(&self) -> bool {
         self.pacer.each().is_some()
@@ -96,7 +109,7 @@ impl PageSender {
     /// Sends a round: first, on every channel, that pages older than it are gone (task and ranges),
     /// then the pages of `tasks`. While the tasks are `running`, pages that have vanished are
     /// skipped and counted, and pages may be torn: the caller sends them again in a later round.
-    /// Rounds are numbered from 0 without gaps. When it returns, the peer has all of it in its store.
+    /// No page may be in a round twice. Rounds are numbered from 0 without gaps. When it returns, the peer has all of it in its store.
     ///
     /// # Errors
     /// The first [`StreamError`] of any channel; the others are shut down then, and no further
@@ -114,6 +127,11 @@ impl PageSender {
             .running(running)
             .chunk_pages(limiter::chunk_pages(self.bandwidth));
         let reads_ahead = reader.pages() >= AHEAD_PAGES && self.lanes.len() < self.processors;
+        for (task, ranges) in discard {
+            for range in ranges {
+                self.versions.forget(*task, *range);
+            }
+        }
         self.pacer.pause();
         let mut stats = self.on_all(reads_ahead, |lane, group| {
             lane.send(&reader, discard, round, group, wait)
@@ -147,7 +165,7 @@ impl PageSender {
         if self.failed {
             return Err(StreamError::NoChannel);
         }
-        let group = Group::new(&self.lanes, &self.pacer, reads_ahead)?;
+        let group = Group::new(&self.lanes, &self.pacer, &self.versions, reads_ahead)?;
         let stats = thread::scope(|scope| {
             let senders: Vec<_> = self
                 .lanes
@@ -202,6 +220,9 @@ impl Lane {
         self.frames.pause();
         let mut send = |chunk: &Chunk| -> Result<(), StreamError> {
             group.pacer.tend(&mut self.channel);
+            if group.pacer.each().is_some() {
+                group.versions.keep();
+            }
             stats.add(&self.frames.send(&mut self.channel, chunk, round, wait)?);
             Ok(())
         };
@@ -242,6 +263,7 @@ impl Lane {
 struct Group<'a> {
     handles: Vec<Channel>,
     pacer: &'a Pacer,
+    versions: &'a Versions,
     /// Each channel has a second thread, which reads while the first sends.
     reads_ahead: bool,
     failed: AtomicBool,
@@ -249,7 +271,12 @@ struct Group<'a> {
 }
 
 impl<'a> Group<'a> {
-    fn new(lanes: &[Lane], pacer: &'a Pacer, reads_ahead: bool) -> Result<Self, TransportError> {
+    fn new(
+        lanes: &[Lane],
+        pacer: &'a Pacer,
+        versions: &'a Versions,
+        reads_ahead: bool,
+    ) -> Result<Self, TransportError> {
         let clone = |lane: &Lane| {
             let clone = lane.channel.try_clone();
             clone.map_err(|source| TransportError::Broken {
@@ -261,6 +288,7 @@ impl<'a> Group<'a> {
         Ok(Self {
             handles: lanes.iter().map(clone).collect::<Result<_, _>>()?,
             pacer,
+            versions,
             reads_ahead,
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),

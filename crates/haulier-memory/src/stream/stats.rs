@@ -9,7 +9,7 @@ use super::Compression;
 pub struct RoundStats {
     /// Number of the round, from zero.
     pub round: u32,
-    /// Pages sent: normal, zero and duplicate ones.
+    /// Pages sent: normal, zero, duplicate and changed ones.
     pub pages: u64,
     /// Pages sent with their contents.
     pub normal: u64,
@@ -17,6 +17,8 @@ pub struct RoundStats {
     pub zero_pages: u64,
     /// Pages sent as a reference to one with the same contents.
     pub duplicates: u64,
+    /// Pages of which only what changed since they were sent last was sent.
+    pub changed: u64,
     /// Pages that were not mapped any more when they were to be read, or whose task had exited.
     pub vanished: u64,
     /// Bytes of all pages sent: what the memory measures.
@@ -59,6 +61,7 @@ impl RoundStats {
         self.normal += other.normal;
         self.zero_pages += other.zero_pages;
         self.duplicates += other.duplicates;
+        self.changed += other.changed;
         self.vanished += other.vanished;
         self.raw_bytes += other.raw_bytes;
         self.wire_bytes += other.wire_bytes;
@@ -82,7 +85,7 @@ pub struct CodecBytes {
 /// What came on a channel.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ReceiveStats {
-    /// Pages received: normal, zero and duplicate ones.
+    /// Pages received: normal, zero, duplicate and changed ones.
     pub pages: u64,
     /// Pages of which only the address came.
     pub zero_pages: u64,

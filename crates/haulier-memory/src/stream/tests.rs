@@ -1,5 +1,6 @@
 //! Streams over real sockets: from our own memory, and from hostile peers.
 
+mod again;
 mod rounds;
 
 use std::io::Write;

@@ -122,3 +122,48 @@ fn threads_share_and_drop_without_losing_a_page() {
     });
     assert_eq!(pages(&used), 0);
 }
+
+#[test]
+fn memory_that_is_given_back_is_zero_when_it_is_used_again() {
+    let (pool, used) = pool();
+    let mut runs = take(&pool, &used, 8 * ARENA_PAGES);
+    runs.iter_mut().for_each(|run| run.fill(7));
+    let mut runs: Vec<Pages> = runs.into_iter().map(PagesMut::freeze).collect();
+    let spare = runs.split_off(3);
+    drop(spare);
+    let idle = pool.idle();
+    let mut first = runs.remove(0);
+    let shared = first.share(10..11);
+    let tail = first.split_off(300);
+    first.give_back();
+    assert_eq!(pool.idle(), idle, "nothing of what has no memory");
+    assert_eq!(pages(&used), 2 * ARENA_PAGES as u64 + 213);
+    assert!(shared.iter().chain(&*tail).all(|byte| *byte == 7));
+    let again = take(&pool, &used, 300);
+    let whole: Vec<&[u8]> = again.iter().map(|run| &run[..]).collect();
+    assert_eq!(whole.concat().len(), 300 * PAGE_BYTES);
+    // The lowest arena comes first.
+    assert!(
+        whole.concat()[..299 * PAGE_BYTES]
+            .iter()
+            .all(|byte| *byte == 0)
+    );
+    drop((again, shared, tail, runs));
+    assert_eq!(pages(&used), 0);
+    assert_eq!(pool.idle(), (WARM * ARENA_BYTES) as u64);
+}
+
+#[test]
+fn only_pages_of_one_holder_are_written_again() {
+    let (pool, used) = pool();
+    let mut run = take(&pool, &used, 4).remove(0).freeze();
+    let shared = run.share(3..4);
+    assert!(run.unshared().is_none());
+    let mut front = run;
+    let back = front.split_off(3);
+    front.unshared().unwrap().fill(9);
+    assert_eq!(front[0], 9);
+    drop(shared);
+    let mut back = back;
+    assert!(back.unshared().is_some());
+}

@@ -149,6 +149,8 @@ impl Streams {
         let Memory::Open(mut sender) = std::mem::replace(&mut self.memory, Memory::none()) else {
             return Err(StreamError::NoChannel.into());
         };
+        // The destination places pages from now on.
+        sender.send_whole();
         let images = &mut self.images;
         let (images, memory) = thread::scope(|scope| {
             let images = scope.spawn(|| images.send_directory(directory, wait));

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 
 /// Sends rounds over so many channels into a store.
-fn transfer(
+pub(super) fn transfer(
     options: &StreamOptions,
     channels: usize,
     store: &PageStore,
@@ -41,7 +41,7 @@ fn every_way() -> Vec<StreamOptions> {
     ways
 }
 
-fn of(region: &Region, vpid: u32) -> TaskPages {
+pub(super) fn of(region: &Region, vpid: u32) -> TaskPages {
     TaskPages {
         pid: std::process::id() as i32,
         task: vpid,
@@ -53,7 +53,7 @@ fn of(region: &Region, vpid: u32) -> TaskPages {
 }
 
 /// Writes a page of a kind: zero, one of a few, text, or noise.
-fn fill(region: &Region, page: usize, kind: u8, number: u32) {
+pub(super) fn fill(region: &Region, page: usize, kind: u8, number: u32) {
     let mut state = u64::from(number) * 2 + 1;
     for offset in 0..PAGE_BYTES {
         state = state
@@ -69,7 +69,7 @@ fn fill(region: &Region, page: usize, kind: u8, number: u32) {
     }
 }
 
-fn assert_same(store: &PageStore, region: &Region, vpid: u32) {
+pub(super) fn assert_same(store: &PageStore, region: &Region, vpid: u32) {
     for page in 0..region.len() / PAGE_BYTES {
         let address = region.address() + (page * PAGE_BYTES) as u64;
         let found = store.lookup(vpid, address, 1);
