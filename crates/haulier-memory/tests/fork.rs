@@ -28,6 +28,11 @@ fn arrive(store: &PageStore, memory: u64, pages: std::ops::Range<u64>) {
 
 #[test]
 fn parent_and_child_both_get_every_page() {
+    [0, 2].into_iter().for_each(both_get_every_page);
+}
+
+/// With so many threads that only fill.
+fn both_get_every_page(threads: usize) {
     let dir = tempfile::tempdir().unwrap();
     let mut task = Command::new("python3")
         .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fork.py"))
@@ -50,6 +55,7 @@ fn parent_and_child_both_get_every_page() {
     };
     let mut daemon = LazyPages::listen(dir.path())
         .unwrap()
+        .fill_threads(threads)
         .start(map, store.clone())
         .unwrap();
     let socket = dir.path().join("lazy-pages.socket");

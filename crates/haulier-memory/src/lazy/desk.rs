@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::guard::Guard;
+use super::recycling::Recycling;
 use super::sink::FaultSink;
 use super::stats::Counters;
 use super::todo::Waiter;
@@ -12,6 +13,9 @@ use crate::store::PageStore;
 pub(super) struct Desk {
     pub(super) store: Arc<PageStore>,
     pub(super) counters: Counters,
+    pub(super) recycling: Recycling,
+    /// Several threads place pages.
+    pub(super) shares_gate: bool,
     pub(super) sink: Option<Arc<dyn FaultSink>>,
     pub(super) guard: Option<Guard>,
 }
@@ -21,6 +25,8 @@ impl Desk {
         Self {
             store,
             counters: Counters::default(),
+            recycling: Recycling::default(),
+            shares_gate: true,
             sink: None,
             guard: None,
         }

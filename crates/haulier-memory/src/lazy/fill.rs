@@ -1,4 +1,4 @@
-//! The bulk fill: threads that place whatever has arrived.
+//! The bulk fill: threads that place whatever has arrived, or the serving thread between faults.
 
 use std::sync::Arc;
 use std::thread;
@@ -56,6 +56,94 @@ pub(super) fn run(shared: &Shared, index: usize) {
         } else {
             shared.wait(version, IDLE);
         }
+    }
+}
+
+/// How far the serving thread has come, where it fills too.
+///
+/// With few processors a thread that only waits for faults has to take one from a filling thread for each
+/// of them, has to wait until the other is out of the address space, and gives it back: five switches for
+/// a page that is at hand. A thread that fills and looks for faults in between is never far from either,
+/// and the task that waits leaves it a processor.
+#[derive(Debug, Default)]
+pub(super) struct Walk {
+    space: usize,
+    from: u64,
+    over: bool,
+    pruned: Option<Instant>,
+}
+
+/// What came of a step of a walk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stride {
+    /// Something was placed.
+    Placed,
+    /// There is nothing to be placed before something changes.
+    Nothing,
+    /// To be tried again in a moment.
+    Again,
+}
+
+impl Walk {
+    /// Places a few pages, if any are to be had.
+    pub(super) fn step(&mut self, shared: &Shared) -> Stride {
+        if self.over || shared.options.fill_threads > 0 || !shared.is_filling() {
+            return Stride::Nothing;
+        }
+        let Some((_, spaces)) = shared.work() else {
+            self.over = true;
+            return Stride::Nothing;
+        };
+        let stride = self.place(shared, &spaces);
+        drop(spaces);
+        shared.worked(matches!(stride, Ok(Stride::Placed)));
+        let stride = stride.unwrap_or_else(|error| {
+            shared.fail(error);
+            self.over = true;
+            Stride::Nothing
+        });
+        let due = |pruned: Instant| pruned.elapsed() >= PRUNE;
+        let idle = stride != Stride::Placed && shared.desk.store.used() > 0;
+        if idle && self.pruned.is_none_or(due) {
+            shared.prune();
+            self.pruned = Some(Instant::now());
+        }
+        stride
+    }
+
+    fn place(&mut self, shared: &Shared, spaces: &[Arc<Space>]) -> Result<Stride, LazyError> {
+        let pages = shared.options.chunk_pages;
+        let mut otherwise = Stride::Nothing;
+        // Each once, and the first one to its end.
+        for _ in 0..=spaces.len() {
+            if self.space >= spaces.len() {
+                (self.space, self.from) = (0, 0);
+            }
+            let Some(space) = spaces.get(self.space) else {
+                break;
+            };
+            loop {
+                match space.place(&shared.desk, self.from, false, pages)? {
+                    Step::Next(next) => {
+                        self.from = next;
+                        return Ok(Stride::Placed);
+                    }
+                    Step::Gone => return Ok(Stride::Placed),
+                    Step::NotHere(Some(next)) => self.from = next,
+                    Step::Unregistered(at) => {
+                        otherwise = Stride::Again;
+                        self.from = at + pages * PAGE;
+                    }
+                    Step::Changing => {
+                        otherwise = Stride::Again;
+                        break;
+                    }
+                    Step::NotHere(None) | Step::Missing(_) | Step::Nothing => break,
+                }
+            }
+            (self.space, self.from) = (self.space + 1, 0);
+        }
+        Ok(otherwise)
     }
 }
 

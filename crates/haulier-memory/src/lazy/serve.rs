@@ -1,8 +1,9 @@
-//! The serving thread: CRIU's connection, events and faults.
+//! The serving thread: CRIU's connection, events and faults; and, if no other thread does, the fill.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use haulier_criu::lazy_socket::{LazyConnection, LazyListener, LazySocketError, Message};
 use haulier_sys::priority;
@@ -10,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::LazyError;
+use super::fill::{Stride, Walk};
 use super::shared::{PanicGuard, Shared};
 use super::space::Space;
 use super::todo::Todo;
@@ -22,21 +24,40 @@ enum Criu {
     Over,
 }
 
+/// How long to wait before faults that could not be answered are tried again.
+const AGAIN: Duration = Duration::from_micros(250);
+/// A look at everything from time to time, although every change wakes.
+const IDLE: Duration = Duration::from_secs(1);
+
 /// Body of the serving thread. Ends when told to, or when all is placed and CRIU has finished.
 pub(super) fn run(shared: &Shared, listener: LazyListener) {
     let _guard = PanicGuard(shared);
-    // A task stands still while this thread waits for its turn.
-    if let Err(error) = priority::urgent() {
-        tracing::debug!(%error, "faults are answered at the usual priority");
-    }
+    let mut turn = None;
     let mut criu = Criu::Awaited(listener);
+    let mut walk = Walk::default();
     let mut again = false;
     while !shared.is_stopping() {
+        // Before it is looked what there is to do, so that nothing that arrives is left lying.
+        shared.idle.store(true, Ordering::SeqCst);
+        let stride = walk.step(shared);
+        let limit = match stride {
+            Stride::Placed => Duration::ZERO,
+            Stride::Again => AGAIN,
+            Stride::Nothing if again => AGAIN,
+            Stride::Nothing => IDLE,
+        };
+        take(
+            match stride {
+                Stride::Placed => Turn::Filling,
+                Stride::Again | Stride::Nothing => Turn::Urgent,
+            },
+            &mut turn,
+        );
         let spaces = shared.served_spaces();
         if spaces.is_empty() && shared.release() && matches!(criu, Criu::Over) {
             return;
         }
-        let ready = match wait(shared, &criu, &spaces, again) {
+        let ready = match wait(shared, &criu, &spaces, limit) {
             Ok(ready) => ready,
             Err(error) => return shared.fail(error),
         };
@@ -70,6 +91,28 @@ pub(super) fn run(shared: &Shared, listener: LazyListener) {
     }
 }
 
+/// How the thread takes its turns on the processor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// A task stands still while it waits for its turn.
+    Urgent,
+    /// It computes for long: others are to have a part of this processor.
+    Filling,
+}
+
+fn take(turn: Turn, last: &mut Option<Turn>) {
+    if last.replace(turn) == Some(turn) {
+        return;
+    }
+    let done = match turn {
+        Turn::Urgent => priority::urgent(),
+        Turn::Filling => priority::usual().and_then(|()| priority::brisk()),
+    };
+    if let Err(error) = done {
+        tracing::debug!(%error, "faults are answered at the usual priority");
+    }
+}
+
 fn is_end(error: &LazyError) -> bool {
     matches!(error, LazyError::Socket(LazySocketError::RestoreFailed))
 }
@@ -79,12 +122,12 @@ struct Ready {
     spaces: Vec<bool>,
 }
 
-/// Waits for CRIU, for an event, for a wake-up, or, if faults are to be tried again, a moment.
+/// Waits for CRIU, for an event, or for a wake-up, at most so long.
 fn wait(
     shared: &Shared,
     criu: &Criu,
     spaces: &[Arc<Space>],
-    again: bool,
+    limit: Duration,
 ) -> Result<Ready, LazyError> {
     let mut fds = vec![PollFd::new(&shared.wake, PollFlags::IN)];
     fds.extend(
@@ -97,16 +140,9 @@ fn wait(
         Criu::Connected(connection) => fds.push(PollFd::new(connection, PollFlags::IN)),
         Criu::Over => {}
     }
-    let limit = if again {
-        Timespec {
-            tv_sec: 0,
-            tv_nsec: 250_000,
-        }
-    } else {
-        Timespec {
-            tv_sec: 1,
-            tv_nsec: 0,
-        }
+    let limit = Timespec {
+        tv_sec: limit.as_secs() as i64,
+        tv_nsec: i64::from(limit.subsec_nanos()),
     };
     match poll(&mut fds, Some(&limit)) {
         Ok(_) | Err(Errno::INTR) => {}

@@ -24,6 +24,8 @@ pub(super) struct Shared {
     pub(super) wake: OwnedFd,
     /// Faults wait for pages to arrive: who brings pages looks whether they are the ones.
     pub(super) parked: AtomicBool,
+    /// The serving thread fills too, and may be asleep: who brings pages wakes it.
+    pub(super) idle: AtomicBool,
     /// CRIU's restore has connected.
     pub(super) connected: AtomicBool,
     stopping: AtomicBool,
@@ -75,6 +77,9 @@ impl Watcher for Shared {
         if self.parked.load(Ordering::SeqCst) {
             self.answer_parked();
         }
+        if self.options.fill_threads == 0 && self.idle.swap(false, Ordering::SeqCst) {
+            self.wake();
+        }
     }
 }
 
@@ -96,6 +101,7 @@ impl Shared {
             options,
             wake,
             parked: AtomicBool::new(false),
+            idle: AtomicBool::new(false),
             connected: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             state: Mutex::new(State {
@@ -144,7 +150,13 @@ impl Shared {
         let mut state = self.state();
         let first = !state.filling;
         state.filling = true;
+        self.wake();
         first
+    }
+
+    /// Whether it has begun.
+    pub(super) fn is_filling(&self) -> bool {
+        self.state().filling
     }
 
     /// The first failure is the one that is reported.

@@ -3,8 +3,9 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use haulier_sys::pages::Pages;
 use haulier_sys::userfaultfd::{Event, Obstacle, PlaceError, Userfaultfd};
 
 use super::LazyError;
@@ -19,8 +20,9 @@ use crate::store::{Lookup, PageData};
 /// effect before its event can be read.
 const UNREGISTERED: Duration = Duration::from_secs(2);
 
-/// Pages placed by one COPY: before the next one somebody who waits for the gate is let in. They take
-/// some 5 us, or 10 times that where the machine itself has to find the memory.
+/// Pages placed by one COPY where others may wait for the gate, who are let in before the next one, or
+/// the task for the first page. They take some 5 us, or 10 times that where the machine itself has to find
+/// the memory.
 const AT_ONCE: u64 = 4;
 
 /// An address space. Who places is inside the gate together with others; who reads events is so
@@ -169,7 +171,14 @@ impl Space {
             todo.claim(part);
             (part, contents)
         };
-        let (rest, step) = self.place_all(part, &contents, desk);
+        let begun = Instant::now();
+        let at_once = match exact || desk.shares_gate {
+            true => AT_ONCE,
+            false => max_pages,
+        };
+        let (rest, step) = self.place_all(part, &contents, at_once, desk);
+        desk.recycling
+            .note(part.pages - rest.pages, begun.elapsed());
         let (answered, step) = {
             let mut todo = self.todo();
             let answered = todo.finish(part, rest);
@@ -197,7 +206,9 @@ impl Space {
         }
         // Last: with the last holder of a page memory may go back to the kernel, for which nobody
         // should wait at the store's lock.
-        drop(contents);
+        if desk.recycling.is_due() {
+            give_back(contents);
+        }
         step
     }
 
@@ -206,6 +217,7 @@ impl Space {
         &self,
         part: Part,
         contents: &[(u64, Content)],
+        at_once: u64,
         desk: &Desk,
     ) -> (Part, Result<Step, LazyError>) {
         let mut rest = part;
@@ -218,7 +230,7 @@ impl Space {
                 pages: *pages,
                 ..rest
             };
-            let (left, step) = self.place_part(piece, content, desk);
+            let (left, step) = self.place_part(piece, content, at_once, desk);
             rest = rest.skip(pages - left.pages);
             if left.pages > 0 || step.is_err() {
                 return (rest, step);
@@ -232,10 +244,11 @@ impl Space {
         &self,
         part: Part,
         content: &Content,
+        most: u64,
         desk: &Desk,
     ) -> (Part, Result<Step, LazyError>) {
         let mut rest = part;
-        let mut at_once = AT_ONCE;
+        let mut at_once = most;
         while rest.pages > 0 {
             // The page in front, which may be waited for, is placed in any case.
             if rest.pages < part.pages && self.gate.is_wanted() {
@@ -260,7 +273,7 @@ impl Space {
             }
             rest = rest.skip(done);
             let Err(PlaceError { obstacle, .. }) = outcome else {
-                at_once = AT_ONCE.min(at_once * 2);
+                at_once = most.min(at_once * 2);
                 continue;
             };
             let step = match obstacle {
@@ -433,6 +446,30 @@ impl Space {
                 desk.store.discard(self.vpid, range);
             }
         }
+    }
+}
+
+/// Gives the memory of contents back to the kernel, which has it for the next pages to be placed; that of
+/// neighbours at once.
+fn give_back(contents: Vec<(u64, Content)>) {
+    let mut neighbours: Option<Pages> = None;
+    for (_, content) in contents {
+        let Content::Data(PageData(pages)) = content else {
+            continue;
+        };
+        neighbours = Some(match neighbours {
+            Some(mut before) => match before.join(pages) {
+                Some(apart) => {
+                    before.give_back();
+                    apart
+                }
+                None => before,
+            },
+            None => pages,
+        });
+    }
+    if let Some(last) = neighbours {
+        last.give_back();
     }
 }
 

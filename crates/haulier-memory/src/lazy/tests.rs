@@ -28,13 +28,41 @@ struct Scene {
     _dir: TempDir,
 }
 
+/// With threads that fill, and with one that does everything.
+macro_rules! either_way {
+    ($($test:ident)+) => {$(
+        mod $test {
+            #[test]
+            fn with_threads_that_fill() {
+                super::$test(2);
+            }
+
+            #[test]
+            fn with_one_that_does_everything() {
+                super::$test(0);
+            }
+        }
+    )+};
+}
+
+either_way! {
+    everything_in_the_map_is_placed_and_the_descriptors_are_closed
+    faults_are_answered_before_the_fill_and_parked_until_their_page_arrives
+    pages_are_placed_while_they_arrive
+    a_page_that_is_present_is_skipped_alone
+    the_task_may_drop_and_unmap_and_move_its_memory
+    a_restore_that_fails_or_forgets_a_task_is_an_error
+    memory_that_was_never_registered_is_an_error_that_names_the_page
+    stop_ends_a_daemon_with_parked_faults_and_lets_the_waiters_go
+}
+
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
 }
 
 impl Scene {
-    /// One region of `pages` pages for each task 1, 2, ..., of which `lazy` are in the map.
-    fn new(tasks: u32, pages: u64, lazy: &[(u64, u64)]) -> Self {
+    /// So many threads fill. One region of `pages` pages for each task 1, 2, ..., of which `lazy` are in the map.
+    fn new(threads: usize, tasks: u32, pages: u64, lazy: &[(u64, u64)]) -> Self {
         let regions: Vec<_> = (0..tasks)
             .map(|_| Arc::new(Region::map(pages as usize * PAGE_BYTES).unwrap()))
             .collect();
@@ -54,7 +82,7 @@ impl Scene {
         };
         let dir = tempfile::tempdir().unwrap();
         let store = Arc::new(PageStore::new(1 << 30));
-        let daemon = LazyPages::listen(dir.path()).unwrap();
+        let daemon = LazyPages::listen(dir.path()).unwrap().fill_threads(threads);
         let criu = UnixStream::connect(dir.path().join(SOCKET_NAME)).unwrap();
         let handle = daemon.start(map, store.clone()).unwrap();
         Self {
@@ -146,9 +174,8 @@ fn value(vpid: u32, page: u64) -> u8 {
     (page * 7 + u64::from(vpid) * 31) as u8 | 1
 }
 
-#[test]
-fn everything_in_the_map_is_placed_and_the_descriptors_are_closed() {
-    let mut scene = Scene::new(2, 2000, &[(0, 1200), (1500, 400)]);
+fn everything_in_the_map_is_placed_and_the_descriptors_are_closed(threads: usize) {
+    let mut scene = Scene::new(threads, 2, 2000, &[(0, 1200), (1500, 400)]);
     for vpid in 1..=2 {
         drop(scene.send(vpid));
         scene.arrive(vpid, 0, 700);
@@ -194,9 +221,8 @@ fn everything_in_the_map_is_placed_and_the_descriptors_are_closed() {
     handle.stop();
 }
 
-#[test]
-fn faults_are_answered_before_the_fill_and_parked_until_their_page_arrives() {
-    let mut scene = Scene::new(1, 100, &[(10, 50)]);
+fn faults_are_answered_before_the_fill_and_parked_until_their_page_arrives(threads: usize) {
+    let mut scene = Scene::new(threads, 1, 100, &[(10, 50)]);
     drop(scene.send(1));
     scene.arrive(1, 10, 20);
     assert_eq!(
@@ -235,9 +261,8 @@ fn faults_are_answered_before_the_fill_and_parked_until_their_page_arrives() {
     );
 }
 
-#[test]
-fn pages_are_placed_while_they_arrive() {
-    let mut scene = Scene::new(2, 4096, &[(0, 4096)]);
+fn pages_are_placed_while_they_arrive(threads: usize) {
+    let mut scene = Scene::new(threads, 2, 4096, &[(0, 4096)]);
     for vpid in 1..=2 {
         drop(scene.send(vpid));
     }
@@ -268,9 +293,8 @@ fn pages_are_placed_while_they_arrive() {
     assert_eq!(scene.store.used(), 0, "what was placed is not kept");
 }
 
-#[test]
-fn a_page_that_is_present_is_skipped_alone() {
-    let mut scene = Scene::new(1, 300, &[(0, 300)]);
+fn a_page_that_is_present_is_skipped_alone(threads: usize) {
+    let mut scene = Scene::new(threads, 1, 300, &[(0, 300)]);
     let other = scene.send(1);
     for page in [0, 7, 8, 299] {
         other
@@ -293,10 +317,9 @@ fn a_page_that_is_present_is_skipped_alone() {
     }
 }
 
-#[test]
-fn the_task_may_drop_and_unmap_and_move_its_memory() {
+fn the_task_may_drop_and_unmap_and_move_its_memory(threads: usize) {
     for fill_first in [false, true] {
-        let mut scene = Scene::new(2, 64, &[(0, 64)]);
+        let mut scene = Scene::new(threads, 2, 64, &[(0, 64)]);
         for vpid in 1..=2 {
             drop(scene.send(vpid));
         }
@@ -349,9 +372,8 @@ fn the_task_may_drop_and_unmap_and_move_its_memory() {
     }
 }
 
-#[test]
-fn a_restore_that_fails_or_forgets_a_task_is_an_error() {
-    let mut scene = Scene::new(1, 4, &[(0, 4)]);
+fn a_restore_that_fails_or_forgets_a_task_is_an_error(threads: usize) {
+    let mut scene = Scene::new(threads, 1, 4, &[(0, 4)]);
     scene.criu = None;
     let error = scene.handle().wait_filled(soon()).unwrap_err();
     assert!(
@@ -363,7 +385,7 @@ fn a_restore_that_fails_or_forgets_a_task_is_an_error() {
         Err(LazyError::Failed)
     ));
 
-    let mut scene = Scene::new(1, 4, &[(0, 4)]);
+    let mut scene = Scene::new(threads, 1, 4, &[(0, 4)]);
     scene.finish();
     let error = scene.handle().wait_filled(soon()).unwrap_err();
     assert!(
@@ -371,7 +393,7 @@ fn a_restore_that_fails_or_forgets_a_task_is_an_error() {
         "{error:?}"
     );
 
-    let mut scene = Scene::new(1, 4, &[(0, 4)]);
+    let mut scene = Scene::new(threads, 1, 4, &[(0, 4)]);
     let uffd = scene.send(1);
     scene.pass(1, &uffd);
     drop(uffd);
@@ -379,9 +401,8 @@ fn a_restore_that_fails_or_forgets_a_task_is_an_error() {
     assert!(matches!(error, LazyError::Twice { task: 1 }), "{error:?}");
 }
 
-#[test]
-fn memory_that_was_never_registered_is_an_error_that_names_the_page() {
-    let mut scene = Scene::new(1, 8, &[(0, 8)]);
+fn memory_that_was_never_registered_is_an_error_that_names_the_page(threads: usize) {
+    let mut scene = Scene::new(threads, 1, 8, &[(0, 8)]);
     let uffd = scene.send(1);
     let page = range(&scene.regions[0], 4, 1);
     uffd.unregister(page.start, page.bytes()).unwrap();
@@ -395,9 +416,8 @@ fn memory_that_was_never_registered_is_an_error_that_names_the_page() {
     );
 }
 
-#[test]
-fn stop_ends_a_daemon_with_parked_faults_and_lets_the_waiters_go() {
-    let mut scene = Scene::new(1, 4, &[(0, 4)]);
+fn stop_ends_a_daemon_with_parked_faults_and_lets_the_waiters_go(threads: usize) {
+    let mut scene = Scene::new(threads, 1, 4, &[(0, 4)]);
     drop(scene.send(1));
     scene.handle().fill().unwrap();
     let reader = scene.reader(1, 2);
