@@ -28,6 +28,8 @@ enum Criu {
 const AGAIN: Duration = Duration::from_micros(250);
 /// A look at everything from time to time, although every change wakes.
 const IDLE: Duration = Duration::from_secs(1);
+/// Strides of filling that are long: some 3 ms.
+const LONG: u32 = 64;
 
 /// Body of the serving thread. Ends when told to, or when all is placed and CRIU has finished.
 pub(super) fn run(shared: &Shared, listener: LazyListener) {
@@ -35,6 +37,8 @@ pub(super) fn run(shared: &Shared, listener: LazyListener) {
     let mut turn = None;
     let mut criu = Criu::Awaited(listener);
     let mut walk = Walk::default();
+    // Since it had nothing to place.
+    let mut strides = 0;
     let mut again = false;
     while !shared.is_stopping() {
         // Before it is looked what there is to do, so that nothing that arrives is left lying.
@@ -46,13 +50,11 @@ pub(super) fn run(shared: &Shared, listener: LazyListener) {
             Stride::Nothing if again => AGAIN,
             Stride::Nothing => IDLE,
         };
-        take(
-            match stride {
-                Stride::Placed => Turn::Filling,
-                Stride::Again | Stride::Nothing => Turn::Urgent,
-            },
-            &mut turn,
-        );
+        strides = match stride {
+            Stride::Placed => LONG.min(strides + 1),
+            Stride::Again | Stride::Nothing => 0,
+        };
+        take(Turn::after(strides), &mut turn);
         let spaces = shared.served_spaces();
         if spaces.is_empty() && shared.release() && matches!(criu, Criu::Over) {
             return;
@@ -98,6 +100,17 @@ enum Turn {
     Urgent,
     /// It computes for long: others are to have a part of this processor.
     Filling,
+}
+
+impl Turn {
+    /// After so many strides without a pause. Pages that are pushed arrive a few at a time, and meanwhile
+    /// tasks wait for others, which have to be asked for.
+    fn after(strides: u32) -> Turn {
+        match strides < LONG {
+            true => Turn::Urgent,
+            false => Turn::Filling,
+        }
+    }
 }
 
 fn take(turn: Turn, last: &mut Option<Turn>) {
