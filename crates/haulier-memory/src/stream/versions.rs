@@ -2,8 +2,8 @@
 //!
 //! A program that is written to all the time rewrites little of each page that it touches. On a slow
 //! line that decides whether the rounds get ahead of it. So, from when a line is known to be slow, a hash
-//! of each block of a page that is sent is kept, 136 bytes a page, and not the page itself: the peer has
-//! that, in a version that is told by the round it was sent in.
+//! of each block of a page that is sent is kept, some 200 bytes a page, and not the page itself: the peer
+//! has that, in a version that is told by the round it was sent in.
 //!
 //! A hash decides here that a block need not be sent. It is keyed with a secret of this migration, so that
 //! nobody can make two blocks collide, and the peer checks a second hash, of the whole page: what chance
