@@ -39,6 +39,8 @@ pub(super) fn run(shared: &Shared, listener: LazyListener) {
     let mut walk = Walk::default();
     // Since it had nothing to place.
     let mut strides = 0;
+    // Faults before the filling began: those of CRIU's own code in the tasks.
+    let mut held = 0;
     let mut again = false;
     while !shared.is_stopping() {
         // Before it is looked what there is to do, so that nothing that arrives is left lying.
@@ -54,7 +56,11 @@ pub(super) fn run(shared: &Shared, listener: LazyListener) {
             Stride::Placed => LONG.min(strides + 1),
             Stride::Again | Stride::Nothing => 0,
         };
-        take(Turn::after(strides), &mut turn);
+        let faults = shared.desk.counters.faults();
+        if !shared.is_filling() {
+            held = faults;
+        }
+        take(Turn::after(strides, faults > held), &mut turn);
         let spaces = shared.served_spaces();
         if spaces.is_empty() && shared.release() && matches!(criu, Criu::Over) {
             return;
@@ -100,15 +106,19 @@ enum Turn {
     Urgent,
     /// It computes for long: others are to have a part of this processor.
     Filling,
+    /// It places what it can while the tasks are held: who is to let them go comes first.
+    Ahead,
 }
 
 impl Turn {
     /// After so many strides without a pause. Pages that are pushed arrive a few at a time, and meanwhile
     /// tasks wait for others, which have to be asked for.
-    fn after(strides: u32) -> Turn {
-        match strides < LONG {
-            true => Turn::Urgent,
-            false => Turn::Filling,
+    fn after(strides: u32, tasks_run: bool) -> Turn {
+        match strides {
+            0 => Turn::Urgent,
+            _ if !tasks_run => Turn::Ahead,
+            1..LONG => Turn::Urgent,
+            _ => Turn::Filling,
         }
     }
 }
@@ -120,6 +130,7 @@ fn take(turn: Turn, last: &mut Option<Turn>) {
     let done = match turn {
         Turn::Urgent => priority::urgent(),
         Turn::Filling => priority::usual().and_then(|()| priority::brisk()),
+        Turn::Ahead => priority::bulk(),
     };
     if let Err(error) = done {
         tracing::debug!(%error, "faults are answered at the usual priority");

@@ -142,6 +142,11 @@ impl Counters {
         self.faults.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Faults so far.
+    pub(super) fn faults(&self) -> u64 {
+        self.faults.load(Ordering::Relaxed)
+    }
+
     pub(super) fn zero_fault(&self, waited: Duration) {
         self.zero_faults.fetch_add(1, Ordering::Relaxed);
         self.local.add(waited);
