@@ -109,7 +109,8 @@ impl PageSender {
     /// Sends a round: first, on every channel, that pages older than it are gone (task and ranges),
     /// then the pages of `tasks`. While the tasks are `running`, pages that have vanished are
     /// skipped and counted, and pages may be torn: the caller sends them again in a later round.
-    /// No page may be in a round twice. Rounds are numbered from 0 without gaps. When it returns, the peer has all of it in its store.
+    /// No page may be in a round twice. Rounds are numbered from 0 without gaps. When it returns, the
+    /// peer has all of it in its store.
     ///
     /// # Errors
     /// The first [`StreamError`] of any channel; the others are shut down then, and no further
