@@ -13,6 +13,7 @@ mod desk;
 mod fill;
 mod gate;
 pub mod guard;
+mod hot;
 mod recycling;
 mod serve;
 mod shared;

@@ -297,6 +297,13 @@ impl PageStore {
         }
     }
 
+    /// The pages of a task whose contents came at least so many times, each with that number.
+    pub(crate) fn renewed(&self, task: u32, least: u8) -> Vec<(u8, PageRange)> {
+        let state = self.lock();
+        let extents = state.tasks.get(&task);
+        extents.map_or_else(Vec::new, |extents| extents.renewed(least).collect())
+    }
+
     /// As [`Self::lookup`], and removes what it returns.
     pub fn take_run(&self, task: u32, address: u64, max_pages: u64) -> Lookup {
         let mut state = self.lock();

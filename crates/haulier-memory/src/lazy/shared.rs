@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::desk::Desk;
+use super::hot::Hot;
 use super::space::Space;
 use super::stats::FillStats;
 use super::todo::Todo;
@@ -20,6 +21,8 @@ use crate::store::Watcher;
 pub(super) struct Shared {
     pub(super) desk: Desk,
     pub(super) options: Options,
+    /// To be placed first.
+    pub(super) hot: Hot,
     /// Wakes the serving thread from its poll.
     pub(super) wake: OwnedFd,
     /// Faults wait for pages to arrive: who brings pages looks whether they are the ones.
@@ -99,6 +102,7 @@ impl Shared {
         let shared = Arc::new(Self {
             desk,
             options,
+            hot: Hot::default(),
             wake,
             parked: AtomicBool::new(false),
             idle: AtomicBool::new(false),

@@ -13,7 +13,7 @@ use super::desk::Desk;
 use super::gate::Gate;
 use super::guard::Held;
 use super::todo::{Part, Todo};
-use crate::page::{PAGE, PAGE_BYTES};
+use crate::page::{PAGE, PAGE_BYTES, PageRange};
 use crate::store::{Lookup, PageData};
 
 /// How long a page may lie in unregistered memory until it counts as an error: an `munmap` takes
@@ -40,6 +40,17 @@ pub(super) struct Space {
     broken: AtomicBool,
     /// Held by every address space that draws on the same pages of the store.
     family: Arc<()>,
+}
+
+/// What is to be placed next.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Aim {
+    /// The page at this address, which a thread waits for, and those behind it.
+    Fault(u64),
+    /// What comes first from this address on.
+    From(u64),
+    /// What comes first inside of this range of addresses.
+    Within(PageRange),
 }
 
 /// How far placing came.
@@ -79,6 +90,17 @@ impl Content {
         match (found.pages(), found) {
             (pages, Lookup::Data(data)) => (pages, Content::Data(data)),
             (pages, Lookup::Zero(_) | Lookup::Absent { .. }) => (pages, Content::Zero),
+        }
+    }
+
+    /// Takes `next` in if it goes on where this ends, else gives it back.
+    fn join(&mut self, next: Content) -> Option<Content> {
+        match (self, next) {
+            (Content::Zero, Content::Zero) => None,
+            (Content::Data(PageData(pages)), Content::Data(PageData(next))) => {
+                pages.join(next).map(PageData).map(Content::Data)
+            }
+            (_, next) => Some(next),
         }
     }
 }
@@ -129,23 +151,21 @@ impl Space {
         self.broken.store(true, Ordering::Relaxed);
     }
 
-    /// Places up to `max_pages` at `from`, or if not `exact` at the first page after it that is
-    /// missing.
-    pub(super) fn place(
-        &self,
-        desk: &Desk,
-        from: u64,
-        exact: bool,
-        max_pages: u64,
-    ) -> Result<Step, LazyError> {
+    /// Places up to `max_pages`.
+    pub(super) fn place(&self, desk: &Desk, aim: Aim, max_pages: u64) -> Result<Step, LazyError> {
+        let (from, until, exact) = match aim {
+            Aim::Fault(page) => (page, page + PAGE, true),
+            Aim::From(address) => (address, u64::MAX, false),
+            Aim::Within(range) => (range.start, range.end(), false),
+        };
         let _inside = self.gate.together();
         let (part, contents) = {
             let mut todo = self.todo();
-            let Some(mut part) = todo.next(from).filter(|part| !exact || part.at == from) else {
+            let Some(mut part) = todo.next(from).filter(|part| part.at < until) else {
                 return Ok(Step::Nothing);
             };
             part.pages = part.pages.min(max_pages);
-            let mut found = desk.store.lookup_all(self.vpid, part.image, part.pages);
+            let found = desk.store.lookup_all(self.vpid, part.image, part.pages);
             let contents = match found[..] {
                 [Lookup::Absent { next, sealed: true }] => {
                     let gap = next.map_or(u64::MAX, |next| (next - part.image) / PAGE);
@@ -165,7 +185,7 @@ impl Space {
                 }
                 _ => {
                     part.pages = found.iter().map(Lookup::pages).sum();
-                    found.drain(..).map(Content::of).collect()
+                    pieces(found)
                 }
             };
             todo.claim(part);
@@ -320,7 +340,7 @@ impl Space {
                 }
                 return Ok(false);
             }
-            match self.place(desk, page, true, fault_pages)? {
+            match self.place(desk, Aim::Fault(page), fault_pages)? {
                 // Arrivals, and the thread that has it in hand, come back to it.
                 Step::NotHere(_) | Step::Next(_) | Step::Gone => {}
                 Step::Missing(image) => {
@@ -447,6 +467,25 @@ impl Space {
             }
         }
     }
+}
+
+/// What was found, in as few pieces as it lies in memory: each is one call, whatever the rounds in which its
+/// pages came.
+fn pieces(found: Vec<Lookup>) -> Vec<(u64, Content)> {
+    let mut pieces: Vec<(u64, Content)> = Vec::with_capacity(found.len());
+    for (pages, mut content) in found.into_iter().map(Content::of) {
+        if let Some((before, last)) = pieces.last_mut() {
+            match last.join(content) {
+                None => {
+                    *before += pages;
+                    continue;
+                }
+                Some(apart) => content = apart,
+            }
+        }
+        pieces.push((pages, content));
+    }
+    pieces
 }
 
 /// Gives the memory of contents back to the kernel, which has it for the next pages to be placed; that of

@@ -29,6 +29,8 @@ impl Content {
 struct Extent {
     pages: u64,
     round: u32,
+    /// How often contents came: pages that are written all the time come in many rounds.
+    times: u8,
     content: Content,
 }
 
@@ -85,8 +87,7 @@ impl Extents {
     /// virtual machine any other may be such that its host has to find it first.
     fn replace(&mut self, start: u64, end: u64, round: u32, content: Content) {
         let Content::Data(new) = &content else {
-            self.remove_whole(start, end);
-            self.put(start, end, round, content);
+            self.renew(start, end, round, content);
             return;
         };
         let mut overwritten = Vec::new();
@@ -98,23 +99,46 @@ impl Extents {
                 let from = (at - start) as usize;
                 old.copy_from_slice(&new[from..from + old.len()]);
                 extent.round = round;
+                extent.times = extent.times.saturating_add(1);
                 overwritten.push((*at, at + extent.pages * PAGE));
             }
         }
         if overwritten.is_empty() {
-            self.remove_whole(start, end);
-            self.put(start, end, round, content);
+            self.renew(start, end, round, content);
             return;
         }
         let mut from = start;
         for (at, behind) in overwritten.into_iter().chain([(end, end)]) {
             if from < at {
-                self.remove_whole(from, at);
                 let part = content.part((from - start) / PAGE, (at - start) / PAGE);
-                self.put(from, at, round, part);
+                self.renew(from, at, round, part);
             }
             from = behind;
         }
+    }
+
+    /// Puts one extent in the place of all that is in `[start, end)`, whose ends are borders.
+    fn renew(&mut self, start: u64, end: u64, round: u32, content: Content) {
+        let inside = self.by_start.range(start..end);
+        let before = inside.map(|(_, extent)| extent.times).max();
+        self.remove_whole(start, end);
+        let times = before.unwrap_or(0).saturating_add(1);
+        self.put(start, end, round, times, content);
+    }
+
+    /// The pages whose contents came so many times or more, with that number. Zero pages are not among
+    /// them.
+    pub(super) fn renewed(&self, least: u8) -> impl Iterator<Item = (u8, PageRange)> {
+        let often = move |extent: &Extent| {
+            extent.times >= least && matches!(extent.content, Content::Data(_))
+        };
+        let extents = self.by_start.iter();
+        extents
+            .filter(move |(_, extent)| often(extent))
+            .map(|(start, extent)| {
+                let (start, pages) = (*start, extent.pages);
+                (extent.times, PageRange { start, pages })
+            })
     }
 
     /// Drops the pages of a range.
@@ -206,7 +230,7 @@ impl Extents {
     }
 
     /// Adds `[start, end)`, where nothing is.
-    fn put(&mut self, start: u64, end: u64, round: u32, content: Content) {
+    fn put(&mut self, start: u64, end: u64, round: u32, times: u8, content: Content) {
         let pages = (end - start) / PAGE;
         // Zero pages come in many small runs that lie side by side.
         if let (Content::Zero, Some((before, extent))) =
@@ -223,6 +247,7 @@ impl Extents {
             Extent {
                 pages,
                 round,
+                times,
                 content,
             },
         );
@@ -244,6 +269,7 @@ impl Extents {
         let tail = Extent {
             pages: extent.pages - head,
             round: extent.round,
+            times: extent.times,
             content,
         };
         extent.pages = head;
