@@ -21,6 +21,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use haulier_sys::priority;
 use haulier_sys::wait::Wait;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType};
 use thiserror::Error;
@@ -180,6 +181,11 @@ impl Ready {
     /// # Errors
     /// See [`CriuFailure`]; the tasks run on.
     pub fn freeze(mut self, wait: &Wait) -> Result<Frozen, CriuFailure> {
+        // The tasks stand still while it works. (Its own children, of which a dump has none, are not
+        // favoured.)
+        if let Err(error) = priority::hurry(self.criu_pid()) {
+            tracing::debug!(%error, "CRIU dumps at the usual priority");
+        }
         self.0.go_on()?;
         Ok(Frozen(self.0.run_to("query-ext-files", wait)?))
     }

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use command_fds::{CommandFdExt, FdMapping};
+use haulier_sys::breakpoints::Breakpoints;
 use haulier_sys::seccomp::{Listener, hold_scans};
 use haulier_sys::session::in_new_session;
 use haulier_sys::wait::{Wait, WaitError};
@@ -74,6 +75,8 @@ pub enum RpcError {
 pub(crate) struct Swrk {
     child: Child,
     socket: Option<OwnedFd>,
+    /// For what it does to tasks that stand still; it starts meanwhile.
+    _breakpoints: Option<Breakpoints>,
 }
 
 impl Swrk {
@@ -134,9 +137,13 @@ impl Swrk {
         // The command holds this process's copies of CRIU's descriptors: with them open, the end
         // of CRIU would not be seen.
         drop(command);
+        let breakpoints = Breakpoints::prepare();
         let swrk = Swrk {
             child,
             socket: Some(ours),
+            _breakpoints: breakpoints
+                .inspect_err(|error| debug!(%error, "breakpoints take their time"))
+                .ok(),
         };
         Ok((swrk, arming.and_then(|arming| arming.listener())))
     }

@@ -1,5 +1,6 @@
 //! All unsafe code of haulier: userfaultfd, remote memory, packets, descriptors.
 
+pub mod breakpoints;
 pub mod datagram;
 pub mod inherited;
 pub mod namespaces;

@@ -73,6 +73,18 @@ pub fn urgent() -> io::Result<()> {
     set(libc::SCHED_FIFO, URGENT)
 }
 
+/// Has the first thread of another process run ahead of all but [`urgent`] ones until it ends, and nothing that
+/// it starts: for work that others stand still for. Its processor time is not bounded by this, but by the
+/// kernel's limit for all of this kind (95 % unless somebody has set another).
+///
+/// Needs what [`urgent`] needs.
+///
+/// # Errors
+/// What `sched_setscheduler(2)` says.
+pub fn hurry(process: i32) -> io::Result<()> {
+    schedule(process, libc::SCHED_FIFO, LENT)
+}
+
 /// Has the calling thread let those go first that wake up beside it: for work that only counts in
 /// sum. Its share of the processor stays the same.
 ///
@@ -182,6 +194,36 @@ mod tests {
         .join()
         .unwrap();
         assert_eq!(policy(), before);
+    }
+
+    #[test]
+    fn another_process_hurries_and_its_children_do_not() {
+        // Reads so that it starts its child only when it has been told to hurry.
+        let script = "read line; sleep 60 & echo $!; wait";
+        let mut process = std::process::Command::new("sh")
+            .args(["-c", script])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        // SAFETY: the call takes one integer and touches no memory of ours.
+        let policy_of = |pid: i32| unsafe { libc::sched_getscheduler(pid) & !RESET_ON_FORK };
+        let pid = process.id() as i32;
+        // Not where the machine refuses it.
+        if hurry(pid).is_ok() {
+            assert_eq!(policy_of(pid), libc::SCHED_FIFO);
+            use std::io::{BufRead, BufReader, Write};
+            writeln!(process.stdin.take().unwrap()).unwrap();
+            let mut line = String::new();
+            let mut output = BufReader::new(process.stdout.take().unwrap());
+            output.read_line(&mut line).unwrap();
+            let child: i32 = line.trim().parse().unwrap();
+            assert_eq!(policy_of(child), libc::SCHED_OTHER);
+            let child = rustix::process::Pid::from_raw(child).unwrap();
+            rustix::process::kill_process(child, rustix::process::Signal::KILL).unwrap();
+        }
+        process.kill().unwrap();
+        process.wait().unwrap();
     }
 
     /// In nanoseconds.
