@@ -13,6 +13,9 @@ use rustix::net::{RecvFlags, SendFlags};
 use crate::error::TransportError;
 use crate::wait::{Wait, WaitError};
 
+/// Frames of [`Channel::send_all`] that go in one call: two buffers each, of the 1024 that the kernel takes.
+const FRAMES_AT_ONCE: usize = 128;
+
 /// One connection, by frames. Reading and writing may go on from two threads through
 /// [`Channel::try_clone`].
 #[derive(Debug)]
@@ -107,6 +110,31 @@ impl Channel {
         slices.push(IoSlice::new(&header));
         slices.extend(parts.iter().map(|part| IoSlice::new(part)));
         self.write_all(&mut slices, wait)
+    }
+
+    /// Sends a frame of this kind for each of the bodies, with as few calls as the kernel takes.
+    ///
+    /// # Errors
+    /// See [`TransportError`]; any of the frames may have been sent.
+    pub fn send_all(
+        &mut self,
+        kind: Kind,
+        bodies: &[Vec<u8>],
+        wait: &Wait,
+    ) -> Result<(), TransportError> {
+        for bodies in bodies.chunks(FRAMES_AT_ONCE) {
+            let headers = bodies.iter().map(|body| Header::for_body(kind, &[body]));
+            let headers: Vec<_> = headers
+                .map(|header| header.map(|header| header.encode()))
+                .collect::<Result<_, _>>()
+                .map_err(|e| self.frame_error(e))?;
+            let frames = headers.iter().zip(bodies);
+            let mut slices: Vec<IoSlice<'_>> = frames
+                .flat_map(|(header, body)| [IoSlice::new(header), IoSlice::new(body)])
+                .collect();
+            self.write_all(&mut slices, wait)?;
+        }
+        Ok(())
     }
 
     /// Sends a protobuf message.
@@ -382,6 +410,23 @@ mod tests {
         assert_eq!(header.kind, Kind::Pages);
         assert!(got == expected, "contents differ");
         assert_eq!(sender.join().unwrap(), b.received());
+    }
+
+    #[test]
+    fn frames_that_are_sent_together_arrive_one_by_one() {
+        let (mut a, mut b) = pair();
+        let bodies: Vec<Vec<u8>> = (0..3 * FRAMES_AT_ONCE + 1)
+            .map(|n| vec![n as u8; n % 7])
+            .collect();
+        a.send_all(Kind::Packet, &bodies, &soon()).unwrap();
+        a.send_all(Kind::Packet, &[], &soon()).unwrap();
+        a.send(Kind::Pages, &[b"end"], &soon()).unwrap();
+        for body in &bodies {
+            let (header, got) = b.receive(&soon()).unwrap();
+            assert_eq!((header.kind, &got), (Kind::Packet, body));
+        }
+        assert_eq!(b.receive(&soon()).unwrap().1, b"end");
+        assert_eq!(a.sent(), b.received());
     }
 
     #[test]

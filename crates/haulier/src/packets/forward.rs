@@ -15,6 +15,11 @@ use super::Kept;
 const SEND_TIME: Duration = Duration::from_secs(10);
 /// When stopping, what has been captured is read for so long at most.
 const DRAIN_TIME: Duration = Duration::from_millis(200);
+/// How long packets are let gather before they are sent on together. Each would cost the destination a wake-up
+/// and both hosts a segment, of processors that dump and restore; and nobody has them before the thaw.
+const GATHER: Duration = Duration::from_millis(1);
+/// So many are not waited for others.
+const MANY: usize = 32;
 /// A wait that is not meant to end by itself.
 const LONG: Duration = Duration::from_secs(3600);
 
@@ -177,9 +182,7 @@ struct Run {
 impl Run {
     fn run(mut self, queued: Vec<Vec<u8>>) {
         self.shared.state().stats.queued = queued.len() as u64;
-        for packet in queued {
-            self.forward(packet, false);
-        }
+        self.forward(queued, false);
         loop {
             let order = self.shared.state().order;
             let now = Instant::now();
@@ -191,27 +194,47 @@ impl Run {
                 }
                 Order::Stop { .. } => Wait::uncancellable(Duration::ZERO),
             };
-            let packet = match self.capture.next(&wait) {
-                Ok(packet) => packet.map(<[u8]>::to_vec),
+            let packets = match self.next(&wait) {
+                Ok(packets) => packets,
                 Err(error) => {
                     warn!(%error, "packets that reach this host are lost from now on");
                     break;
                 }
             };
             self.shared.state().stats.capture = self.capture.stats();
-            match (packet, order) {
-                (Some(packet), _) => self.forward(packet, true),
-                (None, Order::Go) => {}
-                (None, _) => break,
+            match (packets.len(), order) {
+                (0, Order::Go) => {}
+                (0, _) => break,
+                (count, order) => {
+                    self.forward(packets, true);
+                    if matches!(order, Order::Go) && count < MANY {
+                        // An order that comes meanwhile ends the pause.
+                        self.shared.ordered.sleep(GATHER);
+                    }
+                }
             }
         }
         self.channel.shutdown();
     }
 
-    fn forward(&mut self, packet: Vec<u8>, missed_here: bool) {
+    /// Waits for a packet, and takes what has come with it.
+    fn next(&mut self, wait: &Wait) -> Result<Vec<Vec<u8>>, haulier_targets::network::Error> {
+        let mut packets = Vec::new();
+        let mut packet = self.capture.next(wait)?;
+        while let Some(next) = packet {
+            packets.push(next.to_vec());
+            if packets.len() == MANY {
+                break;
+            }
+            packet = self.capture.next(&Wait::uncancellable(Duration::ZERO))?;
+        }
+        Ok(packets)
+    }
+
+    fn forward(&mut self, packets: Vec<Vec<u8>>, missed_here: bool) {
         if !self.broken {
             let wait = self.shared.stopped.wait(SEND_TIME);
-            if let Err(error) = self.channel.send(Kind::Packet, &[&packet], &wait) {
+            if let Err(error) = self.channel.send_all(Kind::Packet, &packets, &wait) {
                 if !self.shared.stopped.is_cancelled() {
                     warn!(%error, "packets that reach this host are lost from now on");
                 }
@@ -219,17 +242,20 @@ impl Run {
             }
         }
         let mut state = self.shared.state();
+        let count = packets.len() as u64;
         if self.broken {
-            state.stats.unsent += 1;
+            state.stats.unsent += count;
         } else {
-            state.stats.sent += 1;
-            state.stats.bytes += packet.len() as u64;
+            state.stats.sent += count;
+            state.stats.bytes += packets
+                .iter()
+                .map(|packet| packet.len() as u64)
+                .sum::<u64>();
         }
-        match &mut state.kept {
-            Some(kept) if missed_here => {
+        if let Some(kept) = state.kept.as_mut().filter(|_| missed_here) {
+            for packet in packets {
                 kept.push(packet);
             }
-            _ => {}
         }
     }
 }
