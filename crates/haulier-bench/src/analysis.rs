@@ -20,6 +20,9 @@ pub(crate) struct Service {
     pub(crate) normal: f64,
     /// Longest time between two answers before: what the machine does on its own.
     pub(crate) usual_gap: u64,
+    /// What was lost in a second before, by the same measure: no client makes the same number of turns in each
+    /// bin.
+    pub(crate) usual_loss: f64,
     /// Longest time between two answers from the start of the migration on.
     pub(crate) gap: Range<u64>,
     /// When throughput was back at 95 % after that gap; `None` if it was not by the last answer.
@@ -48,6 +51,8 @@ pub(crate) fn service(answers: &[u64], before: Range<u64>) -> Option<Service> {
     Some(Service {
         normal,
         usual_gap,
+        usual_loss: lost(answers, before.clone(), normal) * 1e9
+            / before.end.saturating_sub(before.start).max(1) as f64,
         lost: lost(answers, before.end..end, normal),
         lost_since_gap: lost(answers, gap.start..end, normal),
         gap,

@@ -28,6 +28,7 @@ const TABLES: [Table; 7] = [
             ("in rounds %", "during_rounds_percent", 0),
             ("answers/s", "normal_per_s", 0),
             ("usual gap ms", "usual_gap_ms", 1),
+            ("usually lost ms/s", "usual_loss_ms", 0),
         ],
     },
     Table {

@@ -21,6 +21,22 @@ fn an_undisturbed_client_lost_nothing() {
     assert_eq!(seen.gap.end - seen.gap.start, MS);
     assert!(seen.back.is_some());
     assert!(near(seen.lost, 0.0), "{}", seen.lost);
+    assert!(near(seen.usual_loss, 0.0), "{}", seen.usual_loss);
+}
+
+#[test]
+fn what_is_lost_without_a_disturbance_is_told() {
+    // Bins of 60 and of 40 answers in turn: of 50 a fifth is lost in every other.
+    let bins = (0..5 * SECOND).step_by(2 * BIN as usize);
+    let answers: Vec<u64> = bins
+        .flat_map(|at| {
+            steady(at..at + BIN, BIN / 60)
+                .take(60)
+                .chain(steady(at + BIN..at + 2 * BIN, BIN / 40))
+        })
+        .collect();
+    let seen = service(&answers, 0..2 * SECOND).unwrap();
+    assert!(near(seen.usual_loss, 0.1), "{}", seen.usual_loss);
 }
 
 #[test]

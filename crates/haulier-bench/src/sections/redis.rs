@@ -89,6 +89,7 @@ fn figures(
     let milliseconds = |time: u64| time as f64 / 1e6;
     run.put("normal_per_s", seen.normal);
     run.put("usual_gap_ms", milliseconds(seen.usual_gap));
+    run.put("usual_loss_ms", seen.usual_loss * 1e3);
     run.put("gap_ms", milliseconds(seen.gap.end - seen.gap.start));
     run.put("lost_s", seen.lost);
     run.put("lost_since_gap_s", seen.lost_since_gap);
