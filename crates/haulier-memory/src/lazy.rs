@@ -9,6 +9,7 @@
 //! which unregisters its memory. **Closing one earlier makes the missing pages zero**: on failure
 //! kill the tasks first, then [`LazyPagesHandle::stop`].
 
+mod content;
 mod desk;
 mod fill;
 mod gate;

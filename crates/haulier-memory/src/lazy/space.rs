@@ -5,16 +5,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use haulier_sys::pages::Pages;
 use haulier_sys::userfaultfd::{Event, Obstacle, PlaceError, Userfaultfd};
 
 use super::LazyError;
+use super::content::{Content, give_back, pieces};
 use super::desk::Desk;
 use super::gate::Gate;
 use super::guard::Held;
 use super::todo::{Part, Todo};
 use crate::page::{PAGE, PAGE_BYTES, PageRange};
-use crate::store::{Lookup, PageData};
+use crate::store::Lookup;
 
 /// How long a page may lie in unregistered memory until it counts as an error: an `munmap` takes
 /// effect before its event can be read.
@@ -76,32 +76,6 @@ pub(super) enum Step {
 impl AsFd for Space {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.uffd.as_fd()
-    }
-}
-
-enum Content {
-    Data(PageData),
-    Zero,
-}
-
-impl Content {
-    /// Contents that were found, and for how many pages.
-    fn of(found: Lookup) -> (u64, Content) {
-        match (found.pages(), found) {
-            (pages, Lookup::Data(data)) => (pages, Content::Data(data)),
-            (pages, Lookup::Zero(_) | Lookup::Absent { .. }) => (pages, Content::Zero),
-        }
-    }
-
-    /// Takes `next` in if it goes on where this ends, else gives it back.
-    fn join(&mut self, next: Content) -> Option<Content> {
-        match (self, next) {
-            (Content::Zero, Content::Zero) => None,
-            (Content::Data(PageData(pages)), Content::Data(PageData(next))) => {
-                pages.join(next).map(PageData).map(Content::Data)
-            }
-            (_, next) => Some(next),
-        }
     }
 }
 
@@ -466,49 +440,6 @@ impl Space {
                 desk.store.discard(self.vpid, range);
             }
         }
-    }
-}
-
-/// What was found, in as few pieces as it lies in memory: each is one call, whatever the rounds in which its
-/// pages came.
-fn pieces(found: Vec<Lookup>) -> Vec<(u64, Content)> {
-    let mut pieces: Vec<(u64, Content)> = Vec::with_capacity(found.len());
-    for (pages, mut content) in found.into_iter().map(Content::of) {
-        if let Some((before, last)) = pieces.last_mut() {
-            match last.join(content) {
-                None => {
-                    *before += pages;
-                    continue;
-                }
-                Some(apart) => content = apart,
-            }
-        }
-        pieces.push((pages, content));
-    }
-    pieces
-}
-
-/// Gives the memory of contents back to the kernel, which has it for the next pages to be placed; that of
-/// neighbours at once.
-fn give_back(contents: Vec<(u64, Content)>) {
-    let mut neighbours: Option<Pages> = None;
-    for (_, content) in contents {
-        let Content::Data(PageData(pages)) = content else {
-            continue;
-        };
-        neighbours = Some(match neighbours {
-            Some(mut before) => match before.join(pages) {
-                Some(apart) => {
-                    before.give_back();
-                    apart
-                }
-                None => before,
-            },
-            None => pages,
-        });
-    }
-    if let Some(last) = neighbours {
-        last.give_back();
     }
 }
 
