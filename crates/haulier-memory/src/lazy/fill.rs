@@ -157,12 +157,11 @@ impl Walk {
 
 /// Places a few of the pages that are written all the time. False if there are none left.
 fn place_hot(shared: &Shared, spaces: &[Arc<Space>]) -> Result<bool, LazyError> {
-    let (store, most) = (&shared.desk.store, shared.options.chunk_pages);
+    let most = shared.options.chunk_pages;
     let mut done = 0;
     // Most lie apart from one another, and one by one they take some three times as long.
     while done == 0 || done < most / 3 {
-        let tasks = spaces.iter().map(|space| space.vpid);
-        let Some((task, range)) = shared.hot.next(store, tasks, most) else {
+        let Some((task, range)) = shared.hot.next(most) else {
             return Ok(done > 0);
         };
         // What cannot be placed now comes in its turn. A forked child has the pages of its parent.

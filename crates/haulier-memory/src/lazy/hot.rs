@@ -25,16 +25,19 @@ pub(super) struct Hot {
 }
 
 impl Hot {
-    /// The next ones, of one task and at most so many; those that came most often first. They are found at the
-    /// first call, among what the store has by then of these tasks.
-    pub(super) fn next(
-        &self,
-        store: &PageStore,
-        tasks: impl Iterator<Item = u32>,
-        most: u64,
-    ) -> Option<(u32, PageRange)> {
-        let left = self.left.get_or_init(|| Mutex::new(find(store, tasks)));
-        let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Finds them among what the store has of these tasks, which takes milliseconds for each GiB and keeps
+    /// others from the store: for a moment at which nobody waits. A second call does nothing.
+    pub(super) fn find(&self, store: &PageStore, tasks: impl Iterator<Item = u32>) {
+        self.left.get_or_init(|| Mutex::new(find(store, tasks)));
+    }
+
+    /// The next ones, of one task and at most so many; those that came most often first.
+    pub(super) fn next(&self, most: u64) -> Option<(u32, PageRange)> {
+        let mut left = self
+            .left
+            .get()?
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let (task, range) = left.pop_front()?;
         if range.pages <= most {
             return Some((task, range));
@@ -101,8 +104,9 @@ mod tests {
             insert(&store, 2, round, run(600, 1000));
         }
         let hot = Hot::default();
-        let next = || hot.next(&store, [1, 2].into_iter(), 16);
-        let pieces: Vec<_> = std::iter::from_fn(next).collect();
+        assert_eq!(hot.next(16), None, "nothing was found yet");
+        hot.find(&store, [1, 2].into_iter());
+        let pieces: Vec<_> = std::iter::from_fn(|| hot.next(16)).collect();
         assert!(pieces.iter().all(|(_, range)| range.pages <= 16));
         let page_of = |(task, range): (u32, PageRange)| {
             let first = range.start / PAGE;

@@ -34,6 +34,9 @@ const LONG: u32 = 64;
 /// Body of the serving thread. Ends when told to, or when all is placed and CRIU has finished.
 pub(super) fn run(shared: &Shared, listener: LazyListener) {
     let _guard = PanicGuard(shared);
+    // While CRIU restores what comes before memory.
+    let tasks: Vec<u32> = shared.state().expected.keys().copied().collect();
+    shared.hot.find(&shared.desk.store, tasks.into_iter());
     let mut turn = None;
     let mut criu = Criu::Awaited(listener);
     let mut walk = Walk::default();
