@@ -181,8 +181,7 @@ impl Ready {
     /// # Errors
     /// See [`CriuFailure`]; the tasks run on.
     pub fn freeze(mut self, wait: &Wait) -> Result<Frozen, CriuFailure> {
-        // The tasks stand still while it works. (Its own children, of which a dump has none, are not
-        // favoured.)
+        // The tasks stand still while it works. It ends with the dump, whatever comes of it.
         if let Err(error) = priority::hurry(self.criu_pid()) {
             tracing::debug!(%error, "CRIU dumps at the usual priority");
         }

@@ -213,12 +213,7 @@ impl Outgoing {
                 .image
                 .failed(io::Error::new(io::ErrorKind::InvalidData, what)));
         }
-        // Asked for its pages only: the answer takes longer than a small image.
-        let threads = match self.form {
-            Form::Pages(_) => pages::all_threads(),
-            Form::Plain(_) => 1,
-        };
-        self.send_up_to(size, threads, way)?;
+        self.send_up_to(size, pages::all_threads(), way)?;
         way.count.bytes += size;
         let blake3 = match &self.form {
             Form::Plain(hasher) => hasher.finalize().as_bytes().to_vec(),

@@ -6,6 +6,7 @@
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::LazyLock;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread;
 
@@ -35,7 +36,10 @@ pub(crate) struct Way<'a> {
 
 /// As many hashing threads as are of use when nothing else runs.
 pub(crate) fn all_threads() -> usize {
-    thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS))
+    // The kernel's answer takes longer than a small image, and there are hundreds.
+    static THREADS: LazyLock<usize> =
+        LazyLock::new(|| thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS)));
+    *THREADS
 }
 
 /// Sends the whole pages of a part of an image.

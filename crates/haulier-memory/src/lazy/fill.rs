@@ -164,7 +164,8 @@ fn place_hot(shared: &Shared, spaces: &[Arc<Space>]) -> Result<bool, LazyError> 
         let Some((task, range)) = shared.hot.next(most) else {
             return Ok(done > 0);
         };
-        // What cannot be placed now comes in its turn. A forked child has the pages of its parent.
+        // What cannot be placed now, or was moved since, comes in its turn. A forked child has the pages of
+        // its parent.
         for space in spaces.iter().filter(|space| space.vpid == task) {
             space.place(&shared.desk, Aim::Within(range), range.pages)?;
         }

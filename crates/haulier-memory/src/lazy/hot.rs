@@ -26,7 +26,8 @@ pub(super) struct Hot {
 
 impl Hot {
     /// Finds them among what the store has of these tasks, which takes milliseconds for each GiB and keeps
-    /// others from the store: for a moment at which nobody waits. A second call does nothing.
+    /// others from the store: for a moment at which at most the last pages still come. A second call does
+    /// nothing.
     pub(super) fn find(&self, store: &PageStore, tasks: impl Iterator<Item = u32>) {
         self.left.get_or_init(|| Mutex::new(find(store, tasks)));
     }

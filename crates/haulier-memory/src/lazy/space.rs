@@ -49,7 +49,7 @@ pub(super) enum Aim {
     Fault(u64),
     /// What comes first from this address on.
     From(u64),
-    /// What comes first inside of this range of addresses.
+    /// What begins inside of this range of addresses, the first of it.
     Within(PageRange),
 }
 

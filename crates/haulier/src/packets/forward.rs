@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use haulier_proto::frame::Kind;
 use haulier_sys::wait::{Cancel, Wait};
-use haulier_targets::network::{Capture, CaptureStats};
+use haulier_targets::network::{self, Capture, CaptureStats};
 use haulier_transport::channel::Channel;
 use tracing::warn;
 
@@ -16,7 +16,7 @@ const SEND_TIME: Duration = Duration::from_secs(10);
 /// When stopping, what has been captured is read for so long at most.
 const DRAIN_TIME: Duration = Duration::from_millis(200);
 /// How long packets are let gather before they are sent on together. Each would cost the destination a wake-up
-/// and both hosts a segment, of processors that dump and restore; and nobody has them before the thaw.
+/// and both hosts a segment, of processors that dump and restore; and before the thaw nobody has them.
 const GATHER: Duration = Duration::from_millis(1);
 /// So many are not waited for others.
 const MANY: usize = 32;
@@ -34,7 +34,7 @@ pub(crate) struct ForwardStats {
     pub(crate) sent: u64,
     /// Their bytes.
     pub(crate) bytes: u64,
-    /// Packets that could not be sent.
+    /// Packets that could not be sent, and those that were to go together with such.
     pub(crate) unsent: u64,
 }
 
@@ -194,32 +194,29 @@ impl Run {
                 }
                 Order::Stop { .. } => Wait::uncancellable(Duration::ZERO),
             };
-            let packets = match self.next(&wait) {
-                Ok(packets) => packets,
-                Err(error) => {
-                    warn!(%error, "packets that reach this host are lost from now on");
-                    break;
-                }
-            };
+            let mut packets = Vec::new();
+            let taken = self.take(&wait, &mut packets);
             self.shared.state().stats.capture = self.capture.stats();
-            match (packets.len(), order) {
+            let count = packets.len();
+            // Those that came before an error too.
+            self.forward(packets, true);
+            if let Err(error) = taken {
+                warn!(%error, "packets that reach this host are lost from now on");
+                break;
+            }
+            match (count, order) {
                 (0, Order::Go) => {}
                 (0, _) => break,
-                (count, order) => {
-                    self.forward(packets, true);
-                    if matches!(order, Order::Go) && count < MANY {
-                        // An order that comes meanwhile ends the pause.
-                        self.shared.ordered.sleep(GATHER);
-                    }
-                }
+                // An order that comes meanwhile ends the pause.
+                (..MANY, Order::Go) => drop(self.shared.ordered.sleep(GATHER)),
+                _ => {}
             }
         }
         self.channel.shutdown();
     }
 
     /// Waits for a packet, and takes what has come with it.
-    fn next(&mut self, wait: &Wait) -> Result<Vec<Vec<u8>>, haulier_targets::network::Error> {
-        let mut packets = Vec::new();
+    fn take(&mut self, wait: &Wait, packets: &mut Vec<Vec<u8>>) -> Result<(), network::Error> {
         let mut packet = self.capture.next(wait)?;
         while let Some(next) = packet {
             packets.push(next.to_vec());
@@ -228,13 +225,16 @@ impl Run {
             }
             packet = self.capture.next(&Wait::uncancellable(Duration::ZERO))?;
         }
-        Ok(packets)
+        Ok(())
     }
 
     fn forward(&mut self, packets: Vec<Vec<u8>>, missed_here: bool) {
         if !self.broken {
-            let wait = self.shared.stopped.wait(SEND_TIME);
-            if let Err(error) = self.channel.send_all(Kind::Packet, &packets, &wait) {
+            let send = |few: &[Vec<u8>]| {
+                let wait = self.shared.stopped.wait(SEND_TIME);
+                self.channel.send_all(Kind::Packet, few, &wait)
+            };
+            if let Err(error) = packets.chunks(MANY).try_for_each(send) {
                 if !self.shared.stopped.is_cancelled() {
                     warn!(%error, "packets that reach this host are lost from now on");
                 }
